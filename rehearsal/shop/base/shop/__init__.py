@@ -1,0 +1,1 @@
+"""The shop: a small web application with a queue, deployed as releases."""

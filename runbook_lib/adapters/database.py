@@ -1,0 +1,43 @@
+"""PostgreSQL by psycopg; passwords come from libpq's password file and never pass through here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+
+from runbook_lib.errors import DeniedError, UnavailableError
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """One PostgreSQL server."""
+
+    host: str
+    port: int
+    passfile: str
+
+    def connect(self, role: str, dbname: str, *, application: str, autocommit: bool = True) -> psycopg.Connection[Any]:
+        """Open a session that names itself, so that a DBA sees whose it is.
+
+        Raises:
+            UnavailableError: nobody answered within 5 s.
+            DeniedError: the server refused the role or the database.
+        """
+        try:
+            return psycopg.connect(
+                host=self.host,
+                port=self.port,
+                user=role,
+                dbname=dbname,
+                passfile=self.passfile,
+                application_name=application[:63],
+                connect_timeout=5,
+                autocommit=autocommit,
+            )
+        except psycopg.OperationalError as error:
+            said = " ".join(str(error).split())
+            refused = any(word in said for word in ("authentication", "does not exist", "no password", "not permitted"))
+            kind = DeniedError if refused else UnavailableError
+            raise kind(f"database {dbname} at {self.host}:{self.port} as {role}: {said[:300]}", remedy="runbook doctor ENV") from error

@@ -1,0 +1,132 @@
+"""Finding processes again: by pid, start time and boot id, so that a reused pid is never taken for the old one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from runbook_lib.errors import StepInDoubtError
+
+# Writes "pid starttime boot_id" under a scratch name and renames it, runs the command, then does the same with its
+# exit status: a later process finds both or neither.
+# $1 the pid file, $2 the exit file; the rest is the command.
+WRAPPER = """
+set -u
+pidfile=$1; exitfile=$2; shift 2
+IFS= read -r stat < /proc/$$/stat
+rest=${stat##*) }
+set -f; i=0; start=
+for word in $rest; do i=$((i+1)); if [ $i -eq 20 ]; then start=$word; break; fi; done
+set +f
+read -r boot < /proc/sys/kernel/random/boot_id
+printf '%s %s %s\\n' $$ "$start" "$boot" > "$pidfile.part" && mv "$pidfile.part" "$pidfile"
+"$@"
+status=$?
+printf '%s\\n' $status > "$exitfile.part" && mv "$exitfile.part" "$exitfile"
+exit $status
+"""
+
+
+@cache
+def boot_id() -> str:
+    """The kernel's id of this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def start_time(pid: int) -> int | None:
+    """The process's start in clock ticks since boot; None when it is gone or only a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat.rpartition(") ")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def me() -> dict[str, Any]:
+    """Who is executing: host, boot, pid and its start time."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "boot": boot_id(), "pid": pid, "start": start_time(pid)}
+
+
+def alive(process: Mapping[str, Any]) -> bool:
+    """True when that very process still runs on this machine."""
+    return (
+        process["host"] == socket.gethostname()
+        and process["boot"] == boot_id()
+        and start_time(process["pid"]) == process["start"]
+    )
+
+
+def wait_for_children(folder: Path, *, timeout_s: float) -> None:
+    """Wait until every command recorded in a step's folder has ended.
+
+    Raises:
+        StepInDoubtError: one still runs after `timeout_s` seconds, or its wrapper died and its group lives on.
+    """
+    deadline = time.monotonic() + timeout_s
+    for record in sorted(folder.rglob("*.pid")):
+        words = record.read_text().split()
+        if len(words) != 3 or words[2] != boot_id():
+            continue  # another boot: nothing of it can run
+        pid, start = int(words[0]), int(words[1])
+        if start_time(pid) == start:
+            _wait(pid, deadline, record)
+        elif not record.with_suffix(".exit").exists():
+            # The wrapper was killed alone: its command may live on in the group that the wrapper led.
+            _wait_group(pid, deadline, record)
+
+
+def end_group(pid: int, *, grace_s: float = 5.0) -> None:
+    """Ask a process group to end, then end it."""
+    for sig, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, grace_s)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, sig)
+        deadline = time.monotonic() + wait_s
+        while time.monotonic() < deadline:
+            if not group_members(pid):
+                return
+            time.sleep(0.05)
+
+
+def group_members(pgid: int) -> list[int]:
+    """Pids of the living members of a process group."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(") ")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[2]) == pgid and fields[0] not in "ZX":
+                members.append(int(entry.name))
+    return members
+
+
+def _wait(pid: int, deadline: float, record: Path) -> None:
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise StepInDoubtError(f"its command (pid {pid}, {record.stem}) still runs", remedy="wait, or end it")
+    finally:
+        os.close(handle)
+
+
+def _wait_group(pgid: int, deadline: float, record: Path) -> None:
+    while members := group_members(pgid):
+        if time.monotonic() > deadline:
+            raise StepInDoubtError(f"its command (pids {members}, {record.stem}) still runs", remedy="wait, or end it")
+        time.sleep(0.1)

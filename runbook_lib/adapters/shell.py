@@ -1,0 +1,71 @@
+"""The one runner of commands: own process group, output to a log under the run, found again after a crash."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from runbook_lib.adapters.processes import WRAPPER, end_group
+from runbook_lib.adapters.secrets import Secrets
+from runbook_lib.errors import StepFailedError, UsageError
+from runbook_lib.model import Command, Completed
+
+
+@dataclass(frozen=True, slots=True)
+class LocalShell:
+    """Runs commands on this machine.
+
+    Args:
+        folder: tells where the logs of the running step go.
+        secrets: what must not stay in a log.
+    """
+
+    folder: Callable[[], Path]
+    secrets: Secrets
+
+    def run(self, command: Command, *, name: str) -> Completed:
+        """See `ports.Shell`."""
+        folder = self.folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = re.sub(r"[^A-Za-z0-9_.@-]", "-", name)
+        log, pid_file, exit_file = (folder / f"{stem}.{kind}" for kind in ("log", "pid", "exit"))
+        for stale in (pid_file, exit_file):
+            stale.unlink(missing_ok=True)
+        program = shutil.which(command.argv[0], path=command.env.get("PATH", os.environ.get("PATH", "")))
+        if program is None:
+            raise UsageError(f"{command.argv[0]} is not installed on this machine", remedy="runbook doctor ENV names what is missing")
+        started = time.monotonic()
+        with ExitStack() as stack:
+            out = stack.enter_context(log.open("wb"))
+            stdout = stack.enter_context(command.stdout.open("wb")) if command.stdout else out
+            child = subprocess.Popen(  # noqa: S603  # argv, never a shell string: the script is the constant above
+                ("sh", "-c", WRAPPER, "sh", str(pid_file), str(exit_file), program, *command.argv[1:]),
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=out,
+                cwd=command.cwd,
+                env={**os.environ, **command.env},
+                start_new_session=True,
+            )
+            try:
+                exit_code = child.wait(timeout=command.timeout_s)
+            except subprocess.TimeoutExpired:
+                end_group(child.pid)
+                child.wait()
+                raise StepFailedError(
+                    f"{command.argv[0]} was ended after {command.timeout_s:g} s ({name})", remedy=f"read {log}"
+                ) from None
+            finally:
+                self.secrets.redact_file(log)
+        done = Completed(command.argv, exit_code, log, time.monotonic() - started)
+        if exit_code not in command.ok_exits:
+            last = done.tail(3).strip().replace("\n", " | ") or "it said nothing"
+            raise StepFailedError(f"{command.argv[0]} ({name}) exited {exit_code}: {last[:600]}", remedy=f"read {log}")
+        return done

@@ -1,0 +1,389 @@
+"""The params file: strict schema, facts substituted, checked before anything starts.
+
+The only module that knows pydantic. `params/example.yml` is its manual.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from runbook_lib.errors import UsageError
+
+VERSION = re.compile(r"v?[0-9A-Za-z][0-9A-Za-z.]{0,30}(-[0-9A-Za-z][0-9A-Za-z.]{0,30})?")
+NAME = re.compile(r"[a-z][a-z0-9_-]{0,30}")
+_PLACEHOLDER = re.compile(r"\$\{([a-z][a-z0-9_.-]*)\}")
+_SECRET = re.compile(r"(env:[A-Za-z_][A-Za-z0-9_]*|file:\S+)")
+
+Name = Annotated[str, StringConstraints(pattern=rf"^{NAME.pattern}\Z")]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=4000, pattern=r"^[^\x00]*\Z")]
+Line = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f]*\Z")]
+SecretRef = Annotated[str, StringConstraints(pattern=rf"^{_SECRET.pattern}\Z")]
+Url = Annotated[str, StringConstraints(pattern=r"^https?://[A-Za-z0-9.:\[\]_-]+(/[^\s]*)?\Z")]
+Seconds = Annotated[float, Field(gt=0, le=7 * 86400)]
+Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,62}\Z")]
+
+
+def _address(value: str) -> str:
+    if re.fullmatch(r"local:/\S*", value):
+        return value
+    if re.fullmatch(r"ssh:([a-z_][a-z0-9_-]*@)?[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?(/\S*)", value):
+        return value
+    raise ValueError("must be local:/FOLDER or ssh:[user@]host[:port]/FOLDER")
+
+
+Address = Annotated[str, AfterValidator(_address)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Person(_Strict):
+    name: Line
+    roles: list[Name] = []
+    keys: list[Annotated[str, StringConstraints(pattern=r"^(ssh|sk-ssh|ecdsa)-\S+ [A-Za-z0-9+/=]+( [^\n]*)?\Z")]]
+
+
+class GateParams(_Strict):
+    roles: Annotated[list[Name], Field(min_length=1)]
+    quorum: Annotated[int, Field(ge=1, le=10)] = 1
+    timeout_s: Seconds = 3600.0
+
+
+class Gates(_Strict):
+    backup: GateParams
+    migration: GateParams
+    release: GateParams
+
+
+class Application(_Strict):
+    name: Word
+    url: Url
+    health_path: Line = "/health"
+    version_path: Line = "/version"
+    critical_paths: list[Line] = []
+    probe_write_path: Line
+    probe_write_form: dict[str, str] = {}
+    login_path: Line | None = None
+    login_form: dict[str, str] = {}
+    bypass_header: Word = "X-Maintenance-Bypass"
+    bypass_token: SecretRef
+    refusal_header: Word = "X-Maintenance"
+
+
+class Repository(_Strict):
+    url: Line
+    branch: Word = "main"
+    ci_notes_ref: Word = "ci"
+    freeze: Literal["hook-file"] = "hook-file"
+    changelog: Line = "CHANGELOG.md"
+
+
+class Host(_Strict):
+    address: Address
+    url: Url | None = None
+    balanced: bool = True
+    files: Annotated[list[Line], Field(min_length=1)] = ["."]
+
+
+class Hosts(_Strict):
+    web: Annotated[dict[Name, Host], Field(min_length=1)]
+    workers: dict[Name, Host] = {}
+
+
+class Database(_Strict):
+    host: Line
+    port: Annotated[int, Field(ge=1, le=65535)]
+    passfile: Line
+    bin: Line | None = None
+    production: Word
+    staging: Word
+    maintenance: Word = "postgres"
+    admin_role: Word
+    backup_role: Word
+    migrate_role: Word
+    app_role: Word
+    lock_timeout_s: Seconds = 0.8
+    long_transaction_s: Seconds = 60.0
+    critical_reads: Annotated[list[Line], Field(min_length=1)]
+
+
+class Migrations(_Strict):
+    tool: Literal["dbmate", "rails"] = "dbmate"
+    executable: Line = "dbmate"
+    directory: Line = "db/migrations"
+    timeout_s: Seconds = 1800.0
+
+
+class ObjectStore(_Strict):
+    bucket: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{1,62}\Z")]
+    prefix: Line = "runbook"
+    endpoint: Url | None = None
+    region: Word = "us-east-1"
+    profile: Word = "default"
+    credentials_file: Line | None = None
+    capacity_bytes: Annotated[int, Field(gt=0)] | None = None
+
+
+class Backup(_Strict):
+    directory: Line
+    free_ratio: Annotated[float, Field(ge=0.0, le=0.9)] = 0.15
+    max_age_s: Seconds = 86400.0
+    timeout_s: Seconds = 7200.0
+    store: ObjectStore
+
+
+class Deploy(_Strict):
+    playbooks: Line
+    inventory: Line
+    vault_password: SecretRef | None = None
+    balancer: Url | None = None
+    drain_timeout_s: Seconds = 30.0
+    health_timeout_s: Seconds = 60.0
+    timeout_s: Seconds = 600.0
+
+
+class SpotCheck(_Strict):
+    name: Name
+    asks: Line
+    path: Line = "/"
+
+
+class SpotChecks(_Strict):
+    required: bool = True
+    checks: list[SpotCheck]
+
+
+class Watch(_Strict):
+    duration_s: Annotated[float, Field(ge=5, le=86400)] = 900.0
+    interval_s: Annotated[float, Field(gt=0, le=600)] = 15.0
+    baseline_s: Annotated[float, Field(ge=5, le=7 * 86400)] = 3600.0
+    extensions: Annotated[int, Field(ge=0, le=5)] = 1
+    access_log: Line
+    hard_limits: dict[Word, float] = {}
+    rules: dict[Word, Any] = {}
+
+
+class Window(_Strict):
+    start: Line | None = None
+    budget_s: Seconds = 600.0
+    early_s: Annotated[float, Field(ge=0, le=86400)] = 900.0
+
+
+class Maintenance(_Strict):
+    lift: Literal["after_gate_3", "before_watch"] = "after_gate_3"
+
+
+class Messages(_Strict):
+    chat: Annotated[str, StringConstraints(pattern=r"^outbox:/\S+\Z")]
+    deployments: Line = "#deployments"
+    incidents: Line = "#incidents"
+    calendar: Annotated[str, StringConstraints(pattern=r"^folder:/\S+\Z")]
+    pages: Annotated[str, StringConstraints(pattern=r"^folder:/\S+\Z")]
+    tickets: Annotated[str, StringConstraints(pattern=r"^folder:/\S+\Z")]
+    tracker: Annotated[str, StringConstraints(pattern=r"^csv:/\S+\Z")]
+
+
+class Record(_Strict):
+    key: SecretRef
+
+
+class Rollback(_Strict):
+    automatic: bool = False
+
+
+class Rehearsal(_Strict):
+    stack: Line
+    people_sign: bool = False
+
+
+class Params(_Strict):
+    environment: Name
+    production: bool = False
+    facts: Line | None = None
+    opened_by: Name | None = None
+    people: Annotated[dict[Name, Person], Field(min_length=1)]
+    gates: Gates
+    application: Application
+    repository: Repository
+    hosts: Hosts
+    database: Database
+    migrations: Migrations
+    backup: Backup
+    deploy: Deploy
+    smoke_timeout_s: Seconds = 300.0
+    spot_checks: SpotChecks
+    watch: Watch
+    window: Window = Window()
+    maintenance: Maintenance = Maintenance()
+    messages: Messages
+    record: Record
+    rollback: Rollback = Rollback()
+    ledger: Annotated[str, StringConstraints(pattern=r"^(sqlite|postgresql(\+psycopg)?)://\S*\Z")] | None = None
+    rehearsal: Rehearsal | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Params:
+        roles = {role for person in self.people.values() for role in person.roles}
+        for name in ("backup", "migration", "release"):
+            gate: GateParams = getattr(self.gates, name)
+            able = [p for p, person in self.people.items() if set(person.roles) & set(gate.roles)]
+            if len(able) < gate.quorum:
+                raise ValueError(
+                    f"gates.{name} needs {gate.quorum} of {'/'.join(gate.roles)}, people have {sorted(roles)}"
+                )
+        if self.production:
+            if self.rehearsal is not None:
+                raise ValueError("rehearsal: a production environment has no rehearsal block")
+            local = [name for name, host in self.all_hosts.items() if host.address.startswith("local:")]
+            if local:
+                raise ValueError(f"hosts.{local[0]}.address: local: is refused in production")
+            for name in ("chat", "calendar", "pages", "tickets", "tracker"):
+                if str(getattr(self.messages, name)).partition(":")[0] in ("outbox", "folder", "csv"):
+                    raise ValueError(f"messages.{name}: a local folder is refused in production")
+        return self
+
+    @property
+    def all_hosts(self) -> dict[str, Host]:
+        """Web hosts first, then workers: the order of a deployment."""
+        return {**self.hosts.web, **self.hosts.workers}
+
+    def frozen(self) -> dict[str, Any]:
+        """JSON form for params.json: references only, no secret can be in it."""
+        return self.model_dump(mode="json")
+
+
+def version_text(value: str) -> str:
+    """Check a version or tag against its grammar and return it unchanged, as text.
+
+    Raises:
+        UsageError: it is not `[v]WORD[-WORD]`; nothing that git, a path or a template would read specially passes.
+    """
+    if not VERSION.fullmatch(value) or ".." in value:
+        raise UsageError(
+            f"version {value[:60]!r} is outside the grammar letters, digits and dots, one hyphen allowed",
+            remedy="give a release tag such as v2.3.0-prod",
+        )
+    return value
+
+
+def load(path: Path, *, settings: Mapping[str, str] | None = None) -> Params:
+    """Read, complete and check a params file.
+
+    Args:
+        path: the YAML file, named after its environment.
+        settings: `--set` overrides, dotted key to YAML scalar.
+
+    Raises:
+        UsageError: naming file and key; nothing was started.
+    """
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yml") if p.stem != "example")) or "none"
+        raise UsageError(f"there is no params file {path.name} (known environments: {known})", remedy=f"write {path}")
+    try:
+        data = yaml.load(path.read_text(), Loader=_UniqueKeys)  # noqa: S506  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError, UsageError) as error:
+        raise UsageError(f"{path.name} is not readable YAML: {_one_line(error)}", remedy=f"mend {path}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path.name} must be a mapping, not {type(data).__name__}", remedy="see params/example.yml")
+    facts = data.get("facts")
+    data = _substituted(data, _facts(path, facts) if isinstance(facts, str) else {}, path.name)
+    for dotted, value in (settings or {}).items():
+        _set(data, dotted, value)
+    return check(data, where=path.name, environment=path.stem)
+
+
+def check(data: Mapping[str, Any], *, where: str, environment: str | None = None) -> Params:
+    """Check a mapping against the schema.
+
+    Raises:
+        UsageError: one line with the first wrong key and how many there are.
+    """
+    try:
+        params = Params.model_validate(data)
+    except ValidationError as error:
+        problems = error.errors()
+        first = problems[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the whole"
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UsageError(
+            f"{where}: {key}: {_one_line(first['msg'])}{more}", remedy="compare with params/example.yml"
+        ) from error
+    if environment is not None and params.environment != environment:
+        raise UsageError(
+            f"{where}: environment: says {params.environment!r}, the file is named {environment!r}",
+            remedy="make them equal",
+        )
+    return params
+
+
+def _facts(path: Path, name: str) -> dict[str, Any]:
+    file = (path.parent.parent / name).resolve()
+    try:
+        data = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{path.name}: facts: {name} is not there: the stack that writes it is down", remedy="runbook stack up"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"{path.name}: facts: {name} is no JSON: {_one_line(error)}", remedy="runbook stack up") from error
+    return dict(data)
+
+
+def _substituted(value: Any, facts: Mapping[str, Any], where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _substituted(item, facts, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_substituted(item, facts, where) for item in value]
+    if not isinstance(value, str):
+        return value
+    whole = _PLACEHOLDER.fullmatch(value)
+    if whole:
+        return _fact(facts, whole[1], where)
+    return _PLACEHOLDER.sub(lambda match: str(_fact(facts, match[1], where)), value)
+
+
+def _fact(facts: Mapping[str, Any], dotted: str, where: str) -> Any:
+    value: Any = facts
+    for part in dotted.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise UsageError(f"{where}: ${{{dotted}}} is not among the facts", remedy="look at the facts file")
+        value = value[part]
+    return value
+
+
+def _set(data: dict[str, Any], dotted: str, text: str) -> None:
+    *parents, last = dotted.split(".")
+    node: Any = data
+    for part in parents:
+        node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise UsageError(f"--set {dotted}: {part} is no mapping", remedy="see params/example.yml")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {dotted}: {_one_line(error)}", remedy="give a YAML scalar") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A key given twice is a mistake, not the last one's win."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  # PyYAML's
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise UsageError(f"key {key!r} stands twice, line {key_node.start_mark.line + 1}")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:300]

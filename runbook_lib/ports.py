@@ -1,0 +1,173 @@
+"""Every protocol between the playbook and the world, on one page.
+
+All of them raise `UnavailableError` when nobody answered (safe to try again) and `DeniedError` when credentials
+or rights are wrong. Every effect takes a key and happens once per key, however often it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from runbook_lib.model import Command, Completed
+
+
+class Shell(Protocol):
+    """Starts commands on this machine: own process group, output to a log under the run."""
+
+    def run(self, command: Command, *, name: str) -> Completed:
+        """Run to the end; `name` names the log file within the step.
+
+        Raises:
+            StepFailedError: its exit status is not among `ok_exits`, or it took longer than `timeout_s`
+                (the whole process group is ended first).
+        """
+
+
+class Host(Protocol):
+    """A machine of the application, or a folder that stands for one."""
+
+    name: str
+    home: str
+
+    def command(self, command: Command) -> Command:
+        """The local command that runs `command` there, with `home` as its working folder."""
+
+
+class Chat(Protocol):
+    """A place where people read messages."""
+
+    def post(self, channel: str, message: str, *, key: str) -> str:
+        """Say `message` once and return its address; a second call with the same `key` posts nothing."""
+
+    def find(self, key: str) -> str | None:
+        """The address of the message with this key, None when there is none."""
+
+
+class Calendar(Protocol):
+    """Where people's time is blocked."""
+
+    def invite(self, title: str, start: datetime, end: datetime, people: Sequence[str], *, key: str) -> str:
+        """Put one event in the calendar, `key` its UID; returns its address."""
+
+    def find(self, key: str) -> str | None:
+        """The address of the event with this key."""
+
+
+class Pages(Protocol):
+    """A wiki."""
+
+    def publish(self, title: str, body_html: str, *, key: str) -> str:
+        """Make or replace the page with this key; returns its address."""
+
+    def find(self, key: str) -> str | None:
+        """The address of the page with this key."""
+
+
+class Tickets(Protocol):
+    """An issue tracker."""
+
+    def close_new(self, title: str, body: str, *, key: str) -> str:
+        """Make the ticket with this key and move it to Done; returns its address."""
+
+    def find(self, key: str) -> str | None:
+        """The address of the ticket with this key, when it is Done."""
+
+
+class Tracker(Protocol):
+    """The deployment tracker: one row a run."""
+
+    def record(self, row: Mapping[str, str], *, key: str) -> str:
+        """Append the row once; returns its address."""
+
+    def find(self, key: str) -> str | None:
+        """The address of the row with this key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One version of an object in the store, as the store itself states it."""
+
+    key: str
+    version_id: str
+    size_bytes: int
+    sha256: str | None
+
+
+class ObjectStore(Protocol):
+    """Versioned objects off site."""
+
+    def put(self, path: Path, key: str, *, sha256: str) -> Stored:
+        """Store a file once: a version whose content is this digest is returned instead of written again."""
+
+    def find(self, key: str) -> Stored | None:
+        """The newest version of `key`, None when there is none."""
+
+    def read_back(self, stored: Stored) -> tuple[str, int]:
+        """Download that version and return (sha256 of the bytes received, their number)."""
+
+    def used_bytes(self) -> int:
+        """All versions stored in the bucket, in bytes."""
+
+
+class Repository(Protocol):
+    """The git host of the application."""
+
+    def commit_of(self, ref: str) -> str:
+        """The 40-hex commit of a tag.
+
+        Raises:
+            UsageError: there is no such tag.
+        """
+
+    def merged(self, commit: str, branch: str) -> bool:
+        """True when the branch holds the commit."""
+
+    def ci_status(self, commit: str) -> Mapping[str, Any]:
+        """The CI report for that very commit, with `status`; `{"status": "missing"}` when there is none."""
+
+    def freeze(self, run_id: str, why: str) -> None:
+        """Refuse merges from now on. Raises UsageError when another run holds the freeze."""
+
+    def frozen_by(self) -> str | None:
+        """The run that holds the freeze."""
+
+    def lift_freeze(self, run_id: str) -> None:
+        """End this run's freeze; nothing happens when it is not this run's."""
+
+    def export(self, commit: str, into: Path) -> None:
+        """Write the commit's tree into a folder that appears complete or not at all."""
+
+    def add_changelog(self, entry: str, *, path: str, branch: str, key: str) -> str:
+        """Commit an entry on top of the changelog and push it once; returns the commit."""
+
+    def find_changelog(self, *, branch: str, key: str) -> str | None:
+        """The commit that carries this key's entry."""
+
+    def log(self, since: str, until: str) -> list[str]:
+        """Subjects of the commits after `since` up to `until`, newest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A backend as the load balancer sees it."""
+
+    name: str
+    state: str
+    sessions: int
+
+
+class Balancer(Protocol):
+    """The load balancer's switch."""
+
+    def backends(self) -> list[Backend]:
+        """All backends."""
+
+    def drain(self, name: str, *, timeout_s: float) -> None:
+        """Send no new session there and wait until none is left. Raises StepFailedError on time-out."""
+
+    def ready(self, name: str) -> None:
+        """Send sessions there again."""

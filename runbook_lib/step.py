@@ -1,0 +1,310 @@
+"""Durable steps: intent before, outcome after, and a probe for what lies between.
+
+    @step("Dump the primary database", recovery=Recovery.PROBE, owner="Ops")
+    def dump_database(run: Run) -> StepResult: ...
+
+    @dump_database.probe
+    def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None: ...
+
+Calling `dump_database(run)` runs it once: a green step answers from the ledger, an intent without outcome goes to
+the probe, and no step starts before every step and gate in front of it is green.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from runbook_lib.adapters import processes
+from runbook_lib.canonical import digest
+from runbook_lib.errors import PausedError, RunbookError, StepFailedError, StepInDoubtError
+from runbook_lib.model import Recovery, Status, StepResult
+from runbook_lib.run import Run
+from runbook_lib.state import RunState, StepState
+
+Action = Callable[..., StepResult]
+Probe = Callable[..., StepResult | None]
+Shown = Callable[[Run], Sequence[Sequence[str]]]
+Items = Callable[[Run], Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The attempt that is running in this context: where its children's logs go."""
+
+    key: str
+    number: int
+    folder: Path
+
+
+_attempt: ContextVar[Attempt | None] = ContextVar("attempt", default=None)
+
+
+def current_attempt() -> Attempt | None:
+    """The attempt on whose behalf a command is started, None outside a step."""
+    return _attempt.get()
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A named action; `phase` and `before` are filled in where the phases are put in order."""
+
+    name: str
+    title: str
+    action: Action
+    recovery: Recovery
+    owner: str
+    timeout_s: float
+    expected_s: float
+    way_back: str
+    each: Items | None = None
+    phase: str = ""
+    before: tuple[Step, ...] = ()
+    needs: tuple[str, ...] = ()
+    guard: Callable[[Run, RunState, Step], Mapping[str, Any]] | None = None
+    ready: Callable[[Run], bool] | None = None
+    settle: Probe | None = None
+    shows: Shown | None = None
+    gate: str = ""
+    __doc__: str = field(default="", repr=False)
+
+    def probe(self, function: Probe) -> Probe:
+        """Decorator: how to tell after a crash whether the effect is there.
+
+        It is called with the run, (the item,) and the intent's pre-state; returns the result when the effect is
+        there, None when it is not, and raises StepInDoubtError when that cannot be told.
+        """
+        self.settle = function
+        return function
+
+    def plan(self, function: Shown) -> Shown:
+        """Decorator: the argv tuples or calls that the step will make, for `runbook plan`."""
+        self.shows = function
+        return function
+
+    def key(self, item: str | None = None) -> str:
+        """The step's name in the ledger."""
+        base = f"{self.phase}.{self.name}"
+        return base if item is None else f"{base}@{item}"
+
+    def keys(self, run: Run) -> list[str]:
+        """The ledger keys of all items; one key for a step without items."""
+        return [self.key()] if self.each is None else [self.key(item) for item in self.each(run)]
+
+    def is_green(self, run: Run, state: RunState) -> bool:
+        """True when every item's outcome is green."""
+        return all(state.green(key) for key in self.keys(run))
+
+    def __call__(self, run: Run) -> StepResult:
+        """Run the step to its end, once; see the module's text.
+
+        Raises:
+            PausedError: a gate or a step in front of it is not green, or people must look first.
+            StepFailedError: it ran and failed; recorded.
+        """
+        if self.each is None:
+            return self._one(run, None)
+        results = {item: self._one(run, item) for item in self.each(run)}
+        return StepResult(
+            facts={item: dict(result.facts) for item, result in results.items()},
+            artifacts=tuple(a for result in results.values() for a in result.artifacts),
+            title=self.title,
+        )
+
+    def _one(self, run: Run, item: str | None) -> StepResult:
+        key = self.key(item)
+        state = run.state
+        self._refuse_out_of_order(run, state)
+        known = state.step(key)
+        if known.status is Status.GREEN and known.result is not None:
+            return replace(known.result, status="green")
+        if known.status is Status.BLOCKED:
+            raise _blocked(run, key, known.error)
+        if known.status is Status.RUNNING:
+            settled = self._recover(run, item, key, known)
+            if settled is not None:
+                return settled
+        if self.ready is not None and not self.ready(run):
+            # Gates wait here: before any intent, since waiting is no effect.
+            raise PausedError(f"{self.title} is not decided", remedy=f"runbook resume {run.run_id}")
+        return self._attempt(run, item, key, known.attempt + 1)
+
+    def _refuse_out_of_order(self, run: Run, state: RunState) -> None:
+        if state.ended and self.phase != "review":
+            raise PausedError(f"run {run.run_id} has ended: {state.ended}", remedy="runbook list")
+        for earlier in self.before:
+            if not earlier.is_green(run, state):
+                raise PausedError(
+                    f"{self.key()} does not start: {earlier.key()} ({earlier.title}) is not green",
+                    remedy=f"runbook resume {run.run_id}, or run that cell first",
+                )
+
+    def _attempt(self, run: Run, item: str | None, key: str, number: int) -> StepResult:
+        folder = run.folder / "logs" / key / str(number)
+        intent: dict[str, Any] = {
+            "step": key,
+            "phase": self.phase,
+            "attempt": number,
+            "title": self.title,
+            "recovery": self.recovery.value,
+            "inputs": digest({"params": run.state.opened["params_sha256"], "commit": run.release.commit, "step": key}),
+            "target": item or run.release.environment,
+            "executor": processes.me(),
+            "children": folder.relative_to(run.folder).as_posix(),
+        }
+
+        def verified(state: RunState) -> None:
+            # Inside the transaction that writes the intent: what was true a moment ago may not be now.
+            now = state.step(key)
+            if now.status in (Status.GREEN, Status.RUNNING, Status.BLOCKED) or now.attempt + 1 != number:
+                raise PausedError(f"{key} was just taken by another executor", remedy=f"runbook status {run.run_id}")
+            self._refuse_out_of_order(run, state)
+            if self.phase not in ("prepare", "review") and not state.locked:
+                raise PausedError(f"run {run.run_id} does not hold {run.release.environment}", remedy="run phase 1")
+            if self.guard is not None:
+                intent["gates"] = dict(self.guard(run, state, self))
+
+        if self.phase == "backup" and not run.state.locked:
+            # Phase 0 happens days before and blocks nobody; from phase 1 on the environment is this run's.
+            run.ledger.take_lock(run.run_id, run.release.environment)
+        started = time.monotonic()
+        run.ledger.append(run.run_id, "step_intent", intent, guard=verified)
+        arguments = (run,) if item is None else (run, item)
+        with _attempting(Attempt(key, number, folder)):
+            try:
+                result = self.action(*arguments)
+            except PausedError:
+                run.ledger.append(run.run_id, "step_reset", {"step": key, "attempt": number, "why": "paused"})
+                raise
+            except RunbookError as error:
+                self._failed(run, key, number, started, str(error), error)
+                raise
+            except Exception as error:  # a bug or an unforeseen fault: red, never a guess
+                said = f"{type(error).__name__}: {error}"
+                self._failed(run, key, number, started, said, error)
+                raise StepFailedError(
+                    f"{key} failed: {run.secrets.redacted(said)}",
+                    remedy=f"runbook resume {run.run_id} tries again, runbook rollback {run.run_id} goes back",
+                ) from error
+        return self._green(run, key, number, result, time.monotonic() - started)
+
+    def _green(
+        self, run: Run, key: str, number: int, result: StepResult, duration_s: float, settled_by: str = ""
+    ) -> StepResult:
+        result = replace(result, title=result.title or self.title, status="green")
+        data = {
+            "step": key,
+            "attempt": number,
+            "status": "green",
+            "result": result.as_json(),
+            "duration_s": round(duration_s, 3),
+            "settled_by": settled_by,
+        }
+        run.ledger.append(run.run_id, "step_outcome", data)
+        return result
+
+    def _failed(self, run: Run, key: str, number: int, started: float, said: str, error: Exception) -> None:
+        shown = getattr(error, "result", None)
+        result = shown if isinstance(shown, StepResult) else StepResult(verdict="red")
+        data = {
+            "step": key,
+            "attempt": number,
+            "status": "failed",
+            "result": replace(result, title=self.title, status="failed", verdict="red").as_json(),
+            "error": run.secrets.redacted(said)[:4000],
+            "duration_s": round(time.monotonic() - started, 3),
+        }
+        run.ledger.append(run.run_id, "step_outcome", data)
+
+    def _recover(self, run: Run, item: str | None, key: str, known: StepState) -> StepResult | None:
+        """Settle an intent without outcome: nothing old may still run, then the probe says."""
+        executor = known.intent["executor"]
+        if processes.alive(executor) and executor["pid"] != os.getpid():
+            raise PausedError(
+                f"{key} is being run by process {executor['pid']} on {executor['host']} since {known.intent_time}",
+                remedy=f"runbook status {run.run_id}",
+            )
+        if executor["host"] != processes.me()["host"]:
+            raise self._block(run, key, known, f"it was started on {executor['host']}, which cannot be looked at from here")
+        folder = run.folder / known.intent["children"]
+        processes.wait_for_children(folder, timeout_s=self.timeout_s)
+        if self.recovery is Recovery.REPEAT:
+            run.ledger.append(run.run_id, "step_reset", {"step": key, "attempt": known.attempt, "why": "repeatable"})
+            return None
+        if self.recovery is Recovery.ASK or self.settle is None:
+            raise self._block(run, key, known, "only a person can tell whether it happened")
+        arguments = (run,) if item is None else (run, item)
+        with _attempting(Attempt(key, known.attempt, folder / "probe")):
+            try:
+                found = self.settle(*arguments, known.intent)
+            except StepInDoubtError as error:
+                raise self._block(run, key, known, error.message) from error
+        if found is None:
+            run.ledger.append(run.run_id, "step_reset", {"step": key, "attempt": known.attempt, "why": "not applied"})
+            return None
+        return self._green(run, key, known.attempt, found, 0.0, settled_by="probe")
+
+    def _block(self, run: Run, key: str, known: StepState, why: str) -> StepInDoubtError:
+        run.ledger.append(run.run_id, "step_blocked", {"step": key, "attempt": known.attempt, "why": why})
+        return _blocked(run, key, why)
+
+
+def _blocked(run: Run, key: str, why: str) -> StepInDoubtError:
+    return StepInDoubtError(
+        f"{key} was started and never finished: {why}",
+        remedy=f"look at its target, then: runbook resolve {run.run_id} {key} --done | --not-done --as PERSON --key FILE",
+    )
+
+
+@contextmanager
+def _attempting(attempt: Attempt) -> Iterator[None]:
+    token = _attempt.set(attempt)
+    try:
+        yield
+    finally:
+        _attempt.reset(token)
+
+
+def step(
+    title: str,
+    *,
+    recovery: Recovery,
+    owner: str = "Ops",
+    timeout_s: float = 600.0,
+    expected_s: float = 1.0,
+    way_back: str = "nothing to undo",
+    each: Items | None = None,
+) -> Callable[[Action], Step]:
+    """Make a function of the playbook a step.
+
+    Args:
+        title: the playbook's line, for people.
+        recovery: what a later process does with an intent that has no outcome.
+        owner: who answers for it in the checklist.
+        timeout_s: how long its left-over children are waited for, in seconds.
+        expected_s: for the plan, in seconds.
+        way_back: how it is undone, for the plan.
+        each: the items (hosts) that it is done for one after the other, each a step of its own in the ledger.
+    """
+
+    def made(action: Action) -> Step:
+        return Step(
+            name=action.__name__,
+            title=title,
+            action=action,
+            recovery=recovery,
+            owner=owner,
+            timeout_s=timeout_s,
+            expected_s=expected_s,
+            way_back=way_back,
+            each=each,
+            __doc__=action.__doc__ or "",
+        )
+
+    return made

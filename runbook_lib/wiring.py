@@ -1,0 +1,308 @@
+"""The only place where params become adapters, and where a run is opened or attached to."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import re
+import secrets as random
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from runbook_lib import gate, params as params_module, signatures
+from runbook_lib.adapters import http
+from runbook_lib.adapters.balancer import HttpBalancer
+from runbook_lib.adapters.database import Database
+from runbook_lib.adapters.git import GitRepository
+from runbook_lib.adapters.hosts import host_from
+from runbook_lib.adapters.messages import CsvTracker, FolderCalendar, FolderPages, FolderTickets, OutboxChat
+from runbook_lib.adapters.objects import S3Store
+from runbook_lib.adapters.secrets import Secrets
+from runbook_lib.adapters.shell import LocalShell
+from runbook_lib.canonical import canonical_json, digest, sha256_file, write_atomically
+from runbook_lib.errors import RunbookError, UsageError
+from runbook_lib.ledger import Ledger
+from runbook_lib.model import Release
+from runbook_lib.params import Params
+from runbook_lib.run import Run, Services
+from runbook_lib.state import RunState
+from runbook_lib.step import current_attempt
+
+_RUN_ID = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9A-Za-z.-]{1,64}-[0-9a-f]{6}")
+_ALIASES = ("next", "running", "bad")
+
+
+def root() -> Path:
+    """The project folder: the nearest one upwards with params/ and runbooks/, or `RUNBOOK_HOME`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    given = os.environ.get("RUNBOOK_HOME")
+    starts = [Path(given)] if given else [Path.cwd(), *Path.cwd().parents, Path(__file__).parent.parent]
+    for folder in starts:
+        if (folder / "params").is_dir() and (folder / "runbooks").is_dir():
+            return folder.resolve()
+    raise UsageError("no project here: no folder with params/ and runbooks/", remedy="cd into it, or set RUNBOOK_HOME")
+
+
+def ledger_of(params: Params | None = None) -> Ledger:
+    """The ledger that the params name, by default outputs/ledger.sqlite."""
+    if params is not None and params.ledger:
+        return Ledger(params.ledger)
+    folder = root() / "outputs"
+    folder.mkdir(exist_ok=True)
+    return Ledger(f"sqlite:///{folder / 'ledger.sqlite'}")
+
+
+def load_params(environment: str, settings: Mapping[str, str] | None = None) -> Params:
+    """Load params/<environment>.yml.
+
+    Raises:
+        UsageError: the name or the file is wrong.
+    """
+    if not params_module.NAME.fullmatch(environment):
+        raise UsageError(f"environment {environment[:60]!r} is no name", remedy="use a name such as rehearsal")
+    return params_module.load(root() / "params" / f"{environment}.yml", settings=settings)
+
+
+def stack_facts(params: Params) -> dict[str, Any]:
+    """What the rehearsal stack says of itself; empty for a real environment."""
+    if params.rehearsal is None:
+        return {}
+    file = Path(params.rehearsal.stack) / "stack.json"
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def create(
+    environment: str,
+    version: str = "",
+    *,
+    settings: Mapping[str, str] | None = None,
+    opened_by: str = "",
+    people_sign: bool = False,
+    plan_digest: str = "",
+    exclusive: bool = True,
+) -> Run:
+    """Open a new run: everything is checked first, then its folder and its first event are written.
+
+    Raises:
+        UsageError: nothing was written.
+    """
+    params = load_params(environment, settings)
+    ledger = ledger_of(params)
+    version = version or ("next" if params.rehearsal is not None else "")
+    if not version:
+        raise UsageError("which version?", remedy=f"runbook run {environment} --version V")
+    versions = stack_facts(params).get("versions", {})
+    version = params_module.version_text(versions.get(version, version) if version in _ALIASES else version)
+    opener = opened_by or params.opened_by or getpass.getuser()
+    if exclusive and (holder := ledger.live_run(environment)) is not None:
+        last = max(holder.steps.items(), key=lambda item: item[1].time, default=("its opening", None))[0]
+        raise UsageError(
+            f"{environment} is held by run {holder.run_id}, opened by {holder.opened['opened_by']} at "
+            f"{holder.opened_time}, last on {last}",
+            remedy=f"runbook resume {holder.run_id}, or runbook abort {holder.run_id} --reason TEXT",
+        )
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    run_id = f"{stamp}-{version}-{random.token_hex(3)}"
+    secrets = Secrets()
+    scratch = root() / "outputs" / environment / ".scratch" / run_id
+    services = _services(params, secrets, scratch, Path())
+    release = _release(params, services, version)
+    _check_database(params, services.database)
+    folder = root() / "outputs" / environment / run_id
+    folder.mkdir(parents=True, exist_ok=False)
+    scratch.mkdir(parents=True, exist_ok=True)
+    frozen = params.frozen()
+    write_atomically(folder / "params.json", canonical_json(frozen))
+    _write_trust(params, secrets)
+    opened = {
+        "version": release.version,
+        "ref": release.ref,
+        "commit": release.commit,
+        "environment": environment,
+        "previous_version": release.previous_version,
+        "previous_commit": release.previous_commit,
+        "params_sha256": digest(frozen),
+        "opened_by": opener,
+        "people_sign": people_sign,
+        "notebooks": {p.name: sha256_file(p) for p in sorted((root() / "runbooks").glob("*.ipynb"))},
+    }
+    ledger.append(run_id, "run_opened", opened, environment=environment)
+    run = _run(params, ledger, run_id, release)
+    if plan_digest:
+        ledger.append(run_id, "plan_pinned", {"digest": plan_digest})
+    return run
+
+
+def attach(run_id: str) -> Run:
+    """The handle of a run that was opened before, with its frozen params.
+
+    Raises:
+        UsageError: there is no such run, or its params were changed since.
+    """
+    if not _RUN_ID.fullmatch(run_id):
+        raise UsageError(f"{run_id[:80]!r} is no run id", remedy="runbook list")
+    found = [p for p in (root() / "outputs").glob(f"*/{run_id}/params.json")]
+    if not found:
+        raise UsageError(f"there is no run {run_id}", remedy="runbook list")
+    data = json.loads(found[0].read_bytes())
+    params = params_module.check(data, where=f"{run_id}/params.json")
+    ledger = ledger_of(params)
+    state = ledger.state(run_id)
+    if digest(data) != state.opened["params_sha256"]:
+        raise UsageError(f"params.json of {run_id} is not what the run was opened with", remedy="restore the file")
+    _write_trust(params, Secrets())
+    return _run(params, ledger, run_id, release_of(state))
+
+
+def open_run(environment: str = "rehearsal", version: str = "", run_id: str = "") -> Run:
+    """What a notebook calls: attach to `run_id`, or to the environment's run in progress, or open a new one.
+
+    Opening without a run id is for the rehearsal only: nothing runs against a real environment by accident.
+
+    Raises:
+        UsageError: naming what is wrong; nothing was started.
+    """
+    if run_id:
+        run = attach(run_id)
+        for name, given, known in (
+            ("environment", environment, run.release.environment),
+            ("version", version, run.release.version),
+        ):
+            if given and given != known:
+                raise UsageError(f"{name} is {given!r}, run {run_id} has {known!r}", remedy=f"leave {name} empty")
+        return run
+    params = load_params(environment)
+    if params.rehearsal is None:
+        raise UsageError(f"{environment} is no rehearsal: a run id is needed", remedy=f"runbook run {environment} --version V")
+    open_runs = [s for s in ledger_of(params).runs(environment) if s.opened.get("people_sign")]
+    newest = next((s for s in open_runs if not version or s.opened["version"] == version), None)
+    if newest is not None and not newest.ended:
+        return attach(newest.run_id)
+    return create(environment, version, people_sign=True)
+
+
+def last_run(environment: str = "rehearsal", version: str = "", run_id: str = "") -> Run:
+    """What the review calls: attach to `run_id`, or to the environment's newest run, ended or not.
+
+    Raises:
+        UsageError: there is none yet.
+    """
+    if run_id:
+        return open_run(environment, version, run_id)
+    params = load_params(environment)
+    newest = next((s for s in ledger_of(params).runs(environment) if not version or s.opened["version"] == version), None)
+    if newest is None:
+        raise UsageError(f"{environment} has no run to look back at", remedy=f"runbook run {environment}")
+    return attach(newest.run_id)
+
+
+def release_of(state: RunState) -> Release:
+    """The release that a run was opened for."""
+    names = ("environment", "version", "ref", "commit", "previous_version", "previous_commit")
+    return Release(**{name: state.opened[name] for name in names})
+
+
+def _run(params: Params, ledger: Ledger, run_id: str, release: Release) -> Run:
+    folder = root() / "outputs" / release.environment / run_id
+    scratch = root() / "outputs" / release.environment / ".scratch" / run_id
+    secrets = Secrets()
+    return Run(
+        run_id=run_id,
+        root=root(),
+        folder=folder,
+        scratch=scratch,
+        release=release,
+        params=params,
+        ledger=ledger,
+        services=_services(params, secrets, scratch, folder),
+        secrets=secrets,
+    )
+
+
+def _services(params: Params, secrets: Secrets, scratch: Path, folder: Path) -> Services:
+    def log_folder() -> Path:
+        attempt = current_attempt()
+        return attempt.folder if attempt is not None else folder / "logs" / "outside-steps"
+
+    database = params.database
+    if database.bin:
+        path = os.environ.get("PATH", "")
+        if database.bin not in path.split(os.pathsep):
+            os.environ["PATH"] = f"{database.bin}{os.pathsep}{path}"
+    store = params.backup.store
+    messages = params.messages
+    return Services(
+        shell=LocalShell(log_folder, secrets),
+        chat=OutboxChat(_folder(messages.chat)),
+        calendar=FolderCalendar(_folder(messages.calendar)),
+        pages=FolderPages(_folder(messages.pages)),
+        tickets=FolderTickets(_folder(messages.tickets)),
+        tracker=CsvTracker(_folder(messages.tracker)),
+        store=S3Store(
+            bucket=store.bucket,
+            prefix=store.prefix,
+            endpoint=store.endpoint,
+            region=store.region,
+            profile=store.profile,
+            credentials_file=store.credentials_file,
+        ),
+        repository=GitRepository(params.repository.url, scratch=scratch / "git", ci_notes_ref=params.repository.ci_notes_ref),
+        balancer=HttpBalancer(params.deploy.balancer) if params.deploy.balancer else None,
+        hosts={name: host_from(name, host.address) for name, host in params.all_hosts.items()},
+        database=Database(database.host, database.port, database.passfile),
+    )
+
+
+def _folder(url: str) -> Path:
+    return Path(url.partition(":")[2])
+
+
+def _release(params: Params, services: Services, version: str) -> Release:
+    commit = services.repository.commit_of(version)
+    serving: dict[str, tuple[str, str]] = {}
+    for name, host in params.hosts.web.items():
+        if host.url is None:
+            continue
+        try:
+            said = http.get_json(host.url + params.application.version_path)
+            serving[name] = (str(said["version"]), str(said["commit"]))
+        except (RunbookError, KeyError) as error:
+            raise UsageError(
+                f"{name} does not say which release it runs ({host.url}{params.application.version_path}): {error}",
+                remedy="runbook stack up" if params.rehearsal else f"runbook doctor {params.environment}",
+            ) from error
+    if len(set(serving.values())) != 1:
+        raise UsageError(
+            f"the web hosts serve different releases: {', '.join(f'{n} {c[:12]}' for n, (_, c) in serving.items())}",
+            remedy="settle that first: the previous release is what a rollback goes back to",
+        )
+    previous_version, previous_commit = next(iter(serving.values()))
+    return Release(params.environment, version, version, commit, previous_version, previous_commit)
+
+
+def _check_database(params: Params, database: Database) -> None:
+    """Reachable is not enough: it must be the application's database."""
+    for name in (params.database.production, params.database.staging):
+        try:
+            with database.connect(params.database.migrate_role, name, application="runbook: opening") as connection:
+                row = connection.execute("SELECT to_regclass('schema_migrations') IS NOT NULL").fetchone()
+        except RunbookError as error:
+            raise UsageError(f"database {name}: {error.message}", remedy=error.remedy) from error
+        if row is None or not row[0]:
+            raise UsageError(
+                f"database {name} at {database.host}:{database.port} has no schema_migrations: it is not the application's",
+                remedy="mend database.* in the params file",
+            )
+
+
+def _write_trust(params: Params, secrets: Secrets) -> None:
+    people = {name: list(person.keys) for name, person in params.people.items()}
+    recorder = signatures.public_key_of(secrets.path(params.record.key))
+    content = signatures.allowed_signers(people, recorder_key=recorder)
+    gate.write_trust(root() / "outputs" / params.environment, content)
