@@ -29,6 +29,7 @@ from runbook_lib.watch_config import ERRORS, P95, QUEUE, REQUESTS
 STEP_S = 300.0
 BASELINE_POINTS = 60
 WATCH_POINTS = (20, 30, 60)
+SYNTHETIC_POINTS = 30
 STRIDE_POINTS = 15
 Fault = Callable[[list[float]], list[float]]
 
@@ -103,7 +104,7 @@ def samples(metric: str, case: Case, current: Sequence[float]) -> list[Sample]:
 
 def verdict(metric: str, case: Case, current: Sequence[float]) -> Verdict:
     """Judge one metric alone."""
-    config = WatchConfig(duration_s=len(current) * STEP_S, metrics=(metric,), effects={})
+    config = WatchConfig(duration_s=len(current) * STEP_S, metrics=(metric,))
     return judge(samples(metric, case, current), config).verdict
 
 
@@ -159,7 +160,7 @@ def error_case(case: Case, rate: float, before: float, share: float, dice: rando
         errors = poisson(rps * step_s * failing, dice) / step_s
         rows.append(Sample(n * step_s, REQUESTS, rps, window))
         rows.append(Sample(n * step_s, ERRORS, errors, window))
-    return judge(rows, WatchConfig(metrics=(REQUESTS, ERRORS), floor_rps=0.1)).metrics[ERRORS].verdict
+    return judge(rows, WatchConfig(metrics=(REQUESTS, ERRORS))).metrics[ERRORS].verdict
 
 
 def queue_case(case: Case, gain_jobs: float, dice: random.Random) -> Verdict:
@@ -188,6 +189,8 @@ def measure(chosen: Sequence[Series]) -> dict[str, Counter[str]]:
                     if median(case.baseline) > 0:
                         found = verdict(P95, case, fault(case.current))
                         count(f"{name}, {'steady' if case.steady else 'restless'} baseline", found)
+                if points != SYNTHETIC_POINTS:
+                    continue  # what follows rides on the series, so one length is enough
                 for rate in (2.0, 20.0):
                     count(f"errors 0 -> 0 %, {rate:g} rps", error_case(case, rate, 0, 0, dice))
                     count(f"errors 0.1 -> 0.1 %, {rate:g} rps", error_case(case, rate, 0.001, 0.001, dice))

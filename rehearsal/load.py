@@ -26,6 +26,8 @@ PATIENCE = aiohttp.ClientTimeout(total=30.0)
 # Beyond this many unanswered requests new ones are dropped: the load must not break the machine it runs on.
 MOST_WAITING = 200
 REPORT_EVERY_S = 30.0
+# Shape of the gaps between arrivals: 1 would be Poisson, whose rate swings too much over a short watch.
+EVENNESS = 4.0
 
 
 @dataclass(slots=True)
@@ -112,7 +114,7 @@ class Crowd:
 
 
 async def run(front: str, rate_per_s: float, seed: int) -> None:
-    """Send requests at `rate_per_s`, with exponential gaps, until SIGTERM or SIGINT."""
+    """Send requests at `rate_per_s`, with uneven gaps, until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -125,7 +127,7 @@ async def run(front: str, rate_per_s: float, seed: int) -> None:
         crowd = Crowd(front, client, chance)
         next_at = report_at = loop.time()
         while not stop.is_set():
-            next_at += chance.expovariate(rate_per_s)
+            next_at += chance.gammavariate(EVENNESS, 1.0 / (EVENNESS * rate_per_s))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), max(0.0, next_at - loop.time()))
             if loop.time() - next_at > 1.0:

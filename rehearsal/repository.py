@@ -141,6 +141,8 @@ def _commit(repository: Path, tree: Path, revision: Revision, parent: str | None
         "core.bare=false",
         f"--work-tree={tree}",
     )
+    # A fresh index each time: by size and time alone, git takes a file replaced within a second for unchanged.
+    (repository / "index").unlink(missing_ok=True)
     _git(repository, *plain, "add", "--all", "--force", ".", cwd=tree)
     written = _git(repository, "write-tree")
     parents = () if parent is None else ("-p", parent)

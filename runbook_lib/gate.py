@@ -152,7 +152,7 @@ def show(run: Run, name: str) -> dict[str, Any]:
     """The question, the evidence with its digest, who may sign and who has; JSON for `gate show --json`."""
     gate, state = rule(run, name), run.state
     now = state.gate(name)
-    is_open = bool(now.round) and not now.timed_out and not state.ended and not state.green(_key(name))
+    is_open = bool(now.round) and not now.timed_out and not state.ended and not state.green(step_key(name))
     cards: list[dict[str, Any]] = []
     if now.round:
         cards = json.loads((run.folder / f"artifacts/gates/{name}-{now.round}.json").read_bytes())["cards"]
@@ -215,7 +215,7 @@ def _may_decide(run: Run, name: str, decision: str, person: str, comment: str) -
     now, gate = state.gate(name), rule(run, name)
     if decision not in ("approve", "reject"):
         raise UsageError(f"{decision!r} is no decision", remedy="approve or reject")
-    if not now.round or state.ended or state.green(_key(name)):
+    if not now.round or state.ended or state.green(step_key(name)):
         why = f"run {run.run_id} has ended" if state.ended else "it is decided" if now.round else "the run is not there yet"
         raise UsageError(f"refused: gate {name} is not open: {why}", remedy=f"runbook status {run.run_id}")
     if now.timed_out or time.time() > now.opened_epoch_s + gate.timeout_s:

@@ -23,6 +23,8 @@ Verdict = Literal["green", "red", "inconclusive"]
 HARD_BROKEN = 3  # a hard limit broken in so many is red
 RED_MINUTES = 9  # so many bad minutes are red wherever they lie
 RED_TAIL = 6  # or so many at the end without a good one between: it broke during the watch and stays broken
+SHIFT_MINUTES = 12  # or so many beyond every level that the baseline held as long as a watch lasts
+DOUBTFUL_SHIFT = 10  # fewer of those, yet never green
 GROWING_TAIL = 3  # or so many at the end of a rise without a pause, for what piles up
 GREEN_MINUTES = 3  # more bad minutes than this are never green; a cron job or a garbage collection takes less
 GREEN_RUN = (
@@ -119,10 +121,14 @@ def by_limit(reading: Reading, limit: float, sign: int) -> Finding:
 def by_level(reading: Reading, reference: Sequence[float], effect: Effect) -> Finding:
     """Compare the minutes with the baseline's own: bad is beyond both the least effect and the usual range."""
     sign = effect.sign
-    usual = sorted(sign * value for value in reference)
-    level = median(usual)
+    oriented = [sign * value for value in reference]
+    level, usual = median(oriented), quantile(sorted(oriented), USUAL)
     least = max(effect.relative * abs(level), effect.absolute)
-    bad_at, suspect_at = max(level + least, quantile(usual, USUAL)), level + least / 2
+    bad_at = max(level + least, usual)
+    # A baseline full of spikes has a usual range that hides a doubling, but its level over a time as long as the
+    # watch moves less. Nearly all minutes beyond the highest such level are a shift.
+    shift_at = min(bad_at, highest_level(oriented) + least)
+    suspect_at = level + least / 2
     known = [None if value is None else sign * value for value in reading.known]
     feared = [sign * value for value in reading.feared]
     bad = [value is not None and value > bad_at for value in known]
@@ -143,8 +149,14 @@ def by_level(reading: Reading, reference: Sequence[float], effect: Effect) -> Fi
         return Finding("red", (f"{said}, the last {tail} without a pause",), figures, thresholds)
     if effect.combine == "sum" and tail >= GROWING_TAIL and rising(known):
         return Finding("red", (f"{said}, growing without a pause",), figures, thresholds)
+    shifted = sum(value is not None and value > shift_at for value in known)
+    shift = f"{shifted} of {MINUTES} minutes {side} {show(sign * shift_at)} (baseline {show(sign * level)})"
+    if shifted >= SHIFT_MINUTES:
+        return Finding("red", (shift,), figures, thresholds)
     doubt = [*lasting([value > bad_at for value in feared], said)]
-    if not middle <= max(suspect_at, quantile(usual, USUAL)):
+    if sum(value > shift_at for value in feared) >= DOUBTFUL_SHIFT:
+        doubt.append(shift)
+    if not middle <= max(suspect_at, min(usual, shift_at)):
         doubt.append(
             f"median {show(sign * now)} is {side} {show(sign * suspect_at)} (baseline {show(sign * level)})"
         )
@@ -263,6 +275,11 @@ def rising(known: Sequence[float | None]) -> bool:
     there = [value for value in known if value is not None]
     pairs = [(a, b) for i, a in enumerate(there) for b in there[i + 1 :]]
     return bool(pairs) and sum(b > a for a, b in pairs) >= 0.9 * len(pairs)
+
+
+def highest_level(oriented: Sequence[float]) -> float:
+    """Return the highest median of any stretch of the baseline that is as long as the watch."""
+    return max(median(oriented[n : n + MINUTES]) for n in range(max(1, len(oriented) - MINUTES + 1)))
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:

@@ -77,66 +77,81 @@ def stack_facts(params: Params) -> dict[str, Any]:
     return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
-def create(
-    environment: str,
-    version: str = "",
-    *,
-    settings: Mapping[str, str] | None = None,
-    opened_by: str = "",
-    people_sign: bool = False,
-    plan_digest: str = "",
-    exclusive: bool = True,
-) -> Run:
-    """Open a new run: everything is checked first, then its folder and its first event are written.
+def preview(environment: str, version: str = "", *, settings: Mapping[str, str] | None = None) -> Run:
+    """A handle for planning: everything is checked, nothing is written; its run id is the word RUN.
 
     Raises:
-        UsageError: nothing was written.
+        UsageError: the params, the version, a host or a database is not what it must be.
     """
     params = load_params(environment, settings)
-    ledger = ledger_of(params)
     version = version or ("next" if params.rehearsal is not None else "")
     if not version:
         raise UsageError("which version?", remedy=f"runbook run {environment} --version V")
     versions = stack_facts(params).get("versions", {})
     version = params_module.version_text(versions.get(version, version) if version in _ALIASES else version)
-    opener = opened_by or params.opened_by or getpass.getuser()
-    if exclusive and (holder := ledger.live_run(environment)) is not None:
-        last = max(holder.steps.items(), key=lambda item: item[1].time, default=("its opening", None))[0]
-        raise UsageError(
-            f"{environment} is held by run {holder.run_id}, opened by {holder.opened['opened_by']} at "
-            f"{holder.opened_time}, last on {last}",
-            remedy=f"runbook resume {holder.run_id}, or runbook abort {holder.run_id} --reason TEXT",
-        )
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    run_id = f"{stamp}-{version}-{random.token_hex(3)}"
     secrets = Secrets()
-    scratch = root() / "outputs" / environment / ".scratch" / run_id
-    services = _services(params, secrets, scratch, Path())
-    release = _release(params, services, version)
-    _check_database(params, services.database)
-    folder = root() / "outputs" / environment / run_id
-    folder.mkdir(parents=True, exist_ok=False)
-    scratch.mkdir(parents=True, exist_ok=True)
+    scratch = root() / "outputs" / environment / ".scratch" / "RUN"
+    release = _release(params, _services(params, secrets, scratch, Path()), version)
+    run = _run(params, ledger_of(params), "RUN", release)
+    _check_database(params, run.services.database)
+    return run
+
+
+def draft_of(params: Params) -> Run:
+    """A handle with services and without a release, for looking around; nothing is written."""
+    nothing = Release(params.environment, "", "", "", "", "")
+    return _run(params, ledger_of(params), "RUN", nothing)
+
+
+def create(draft: Run, *, plan: Mapping[str, Any], opened_by: str = "", people_sign: bool = False) -> Run:
+    """Open the run that was previewed: write its folder, its trust file and its first events.
+
+    Args:
+        draft: from `preview`.
+        plan: from `plan.plan_of`; its digest is pinned in the run.
+        opened_by: who answers for opening it: this person cannot approve its gates.
+        people_sign: the rehearsal's people sign at the gates.
+    """
+    params, release = draft.params, draft.release
+    run_id = f"{datetime.now(UTC).strftime('%Y%m%dT%H%M%SZ')}-{release.version}-{random.token_hex(3)}"
+    run = _run(params, draft.ledger, run_id, release)
+    run.folder.mkdir(parents=True, exist_ok=False)
+    run.scratch.mkdir(parents=True, exist_ok=True)
     frozen = params.frozen()
-    write_atomically(folder / "params.json", canonical_json(frozen))
-    _write_trust(params, secrets)
+    write_atomically(run.folder / "params.json", canonical_json(frozen))
+    _write_trust(params, run.secrets)
     opened = {
         "version": release.version,
         "ref": release.ref,
         "commit": release.commit,
-        "environment": environment,
+        "environment": release.environment,
         "previous_version": release.previous_version,
         "previous_commit": release.previous_commit,
         "params_sha256": digest(frozen),
-        "opened_by": opener,
+        "opened_by": opened_by or params.opened_by or getpass.getuser(),
         "people_sign": people_sign,
         "notebooks": {p.name: sha256_file(p) for p in sorted((root() / "runbooks").glob("*.ipynb"))},
     }
-    ledger.append(run_id, "run_opened", opened, environment=environment)
-    run = _run(params, ledger, run_id, release)
-    if plan_digest:
-        ledger.append(run_id, "plan_pinned", {"digest": plan_digest})
+    run.ledger.append(run_id, "run_opened", opened, environment=release.environment)
+    artifact = run.keep("plan.json", canonical_json(dict(plan)))
+    run.ledger.append(run_id, "plan_pinned", {"digest": plan["digest"], "artifact": artifact.as_json()})
     return run
+
+
+def refuse_second(draft: Run) -> None:
+    """Refuse to open a run while another one holds the environment.
+
+    Raises:
+        UsageError: naming the holder, since when and its last step.
+    """
+    holder = draft.ledger.live_run(draft.release.environment)
+    if holder is not None:
+        last = max(holder.steps.items(), key=lambda item: item[1].time, default=("its opening", None))[0]
+        raise UsageError(
+            f"{draft.release.environment} is held by run {holder.run_id}, opened by {holder.opened['opened_by']} at "
+            f"{holder.opened_time}, last on {last}",
+            remedy=f"runbook resume {holder.run_id}, or runbook abort {holder.run_id} --reason TEXT",
+        )
 
 
 def attach(run_id: str) -> Run:
@@ -184,7 +199,11 @@ def open_run(environment: str = "rehearsal", version: str = "", run_id: str = ""
     newest = next((s for s in open_runs if not version or s.opened["version"] == version), None)
     if newest is not None and not newest.ended:
         return attach(newest.run_id)
-    return create(environment, version, people_sign=True)
+    from runbook_lib.plan import plan_of  # the plan knows all phases; a notebook that attaches needs none of it
+
+    draft = preview(environment, version)
+    refuse_second(draft)
+    return create(draft, plan=plan_of(draft), people_sign=True)
 
 
 def last_run(environment: str = "rehearsal", version: str = "", run_id: str = "") -> Run:

@@ -5,10 +5,11 @@ import signal
 import sys
 from pathlib import Path
 
+from waitress import serve
+
 from shop import logs
 from shop.app import create_app
 from shop.settings import SettingsError, load_settings
-from waitress import serve
 
 THREADS = 8
 

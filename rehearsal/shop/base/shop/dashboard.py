@@ -6,6 +6,7 @@ from shop.accounts import current_user
 from shop.database import Database, Session
 from shop.jobs import queue_counts
 from shop.settings import Settings
+from shop.warehouse import ask_stock
 
 
 def pages(settings: Settings, database: Database) -> Blueprint:
@@ -15,6 +16,7 @@ def pages(settings: Settings, database: Database) -> Blueprint:
     @blueprint.get("/dashboard")
     def show() -> Response:
         user = current_user()
+        ask_stock()
         return jsonify(user=user, version=settings.version, **database.run(_figures))
 
     return blueprint

@@ -62,6 +62,8 @@ class Database:
             connect_timeout=CONNECT_TIMEOUT_S,
             application_name=f"shop {self._settings.instance}",
             client_encoding="utf8",
+            # A prepared statement would fail once after each migration that changes what it returns.
+            prepare_threshold=None,
             options=f"-c statement_timeout={STATEMENT_TIMEOUT_MS}",
             autocommit=True,
             row_factory=dict_row,

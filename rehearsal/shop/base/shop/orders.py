@@ -6,6 +6,7 @@ from shop.accounts import current_user
 from shop.database import Database, Session
 from shop.jobs import enqueue
 from shop.settings import Settings
+from shop.warehouse import ask_stock
 
 MOST_AT_ONCE = 20
 
@@ -20,6 +21,7 @@ def pages(_settings: Settings, database: Database) -> Blueprint:
         product_id, quantity = _number("product_id", 1), _number("quantity", 1)
         if not 1 <= quantity <= MOST_AT_ONCE:
             abort(400, f"quantity must be 1 to {MOST_AT_ONCE}")
+        ask_stock()
         order = database.run(lambda session: _insert(session, user, product_id, quantity))
         return jsonify(order), 201
 

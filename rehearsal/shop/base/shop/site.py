@@ -9,6 +9,7 @@ from shop.database import Database, Session
 from shop.jobs import queue_counts
 from shop.metrics import Metrics
 from shop.settings import Settings
+from shop.warehouse import ask_stock
 
 log = logging.getLogger("shop.images")
 FRONT_PAGE = """<!doctype html><title>The shop</title><h1>The shop</h1>
@@ -24,10 +25,12 @@ def pages(settings: Settings, database: Database, metrics: Metrics) -> Blueprint
 
     @blueprint.get("/")
     def front() -> str:
+        ask_stock()
         return render_template_string(FRONT_PAGE, products=database.run(_products), version=settings.version)
 
     @blueprint.get("/products")
     def products() -> Response:
+        ask_stock()
         return jsonify(products=database.run(_products))
 
     @blueprint.get("/products/<int:number>")
@@ -35,6 +38,7 @@ def pages(settings: Settings, database: Database, metrics: Metrics) -> Blueprint
         found = database.run(lambda session: _product(session, number))
         if found is None:
             abort(404, f"there is no product {number}")
+        ask_stock()
         if found["picture"] is None:
             # Known for long and harmless: the page shows a placeholder.
             log.error("no picture for product %d, placeholder shown", number)

@@ -1,0 +1,77 @@
+"""What `runbook doctor` looks at: tools, hosts, credentials, services; it changes nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from runbook_lib import wiring
+from runbook_lib.adapters import http
+from runbook_lib.errors import RunbookError
+from runbook_lib.model import Command
+from runbook_lib.params import Params
+
+
+def examine(params: Params) -> list[dict[str, Any]]:
+    """Every check with its name, whether it is fine, and why (not)."""
+    run = wiring.draft_of(params)
+    services, found = run.services, []
+
+    def check(name: str, look: Callable[[], str]) -> None:
+        try:
+            found.append({"name": name, "ok": True, "why": look()})
+        except (RunbookError, OSError, KeyError, ValueError) as error:
+            found.append({"name": name, "ok": False, "why": str(error)})
+
+    tools = ["git", "ssh-keygen", "tar", "ansible-playbook", "pg_dump", "pg_restore", params.migrations.executable]
+    if any(host.address.startswith("ssh:") for host in params.all_hosts.values()):
+        tools.append("ssh")
+    for tool in tools:
+        check(f"tool {os.path.basename(tool)}", lambda tool=tool: _tool(tool))  # type: ignore[misc]  # noqa: PTH119
+    for name, host in params.all_hosts.items():
+        command = services.hosts[name].command(Command(("true",), timeout_s=20.0))
+        check(f"host {name}", lambda c=command: _answers(c))  # type: ignore[misc]
+        if host.url is not None:
+            url = host.url + params.application.version_path
+            check(f"service {name}", lambda u=url: f"serves {http.get_json(u)['version']}")  # type: ignore[misc]
+    for role, database in (
+        (params.database.backup_role, params.database.production),
+        (params.database.migrate_role, params.database.production),
+        (params.database.app_role, params.database.production),
+        (params.database.admin_role, params.database.maintenance),
+        (params.database.migrate_role, params.database.staging),
+    ):
+        check(f"database {database} as {role}", lambda r=role, d=database: _connects(services.database, r, d))  # type: ignore[misc]
+    check("object store", lambda: f"{services.store.used_bytes():,} bytes stored")
+    check("repository", lambda: f"frozen by {services.repository.frozen_by() or 'nobody'}")
+    if services.balancer is not None:
+        balancer = services.balancer
+        check("load balancer", lambda: ", ".join(f"{b.name} {b.state}" for b in balancer.backends()))
+    check("recorder key", lambda: f"readable: {run.secrets.path(params.record.key).stat().st_size} bytes")
+    check("bypass token", lambda: "resolved" if run.secrets.resolve(params.application.bypass_token) else "")
+    return found
+
+
+def _tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise OSError(f"{name} is not installed on this machine: install it, or put its folder on PATH")
+    return path
+
+
+def _answers(command: Command) -> str:
+    import subprocess
+
+    done = subprocess.run(  # noqa: S603
+        command.argv, cwd=command.cwd, stdin=subprocess.DEVNULL, capture_output=True, timeout=command.timeout_s, check=False
+    )
+    if done.returncode:
+        raise OSError(f"exit {done.returncode}: {done.stderr.decode(errors='replace').strip()[:200]}")
+    return "answers"
+
+
+def _connects(database: Any, role: str, name: str) -> str:
+    with database.connect(role, name, application="runbook: doctor") as connection:
+        return f"server {connection.info.server_version}"

@@ -1,0 +1,325 @@
+"""Takes a run through its notebooks with papermill; what passed is read from the ledger, never from papermill."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runbook_lib import archive, gate
+from runbook_lib.canonical import sync_folder, write_atomically
+from runbook_lib.errors import GateClosedError, PausedError, RunbookError, StepFailedError
+from runbook_lib.model import Status
+from runbook_lib.phases import FORWARD, name_of, notebook_of, steps_of
+from runbook_lib.render import runs_index_html
+from runbook_lib.run import Run
+from runbook_lib.state import RunState
+
+# The kernel's first imports cost most of a second: done while the phase before still runs, and taken out of the
+# namespace again, so that the notebook starts empty.
+_AHEAD = "import runbook_lib.wiring, runbook_lib.phases; del runbook_lib"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Where the executor left a run."""
+
+    exit_code: int
+    message: str
+    phase: str
+    gate: str | None = None
+
+
+class Kernels:
+    """One kernel is used while the next one starts; ipc sockets in a private folder, since TCP is open to all users."""
+
+    def __init__(self, cwd: Path, env: dict[str, str]) -> None:
+        self._cwd, self._env = cwd, env
+        self._folder = Path(tempfile.mkdtemp(prefix="rb-"))
+        self._thread: threading.Thread | None = None
+        self._next: Any = None
+        self._count = 0
+
+    def start_next(self) -> None:
+        """Begin to start a kernel in the background; nothing when one is waiting."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._start, daemon=True)
+            self._thread.start()
+
+    def _start(self) -> None:
+        from jupyter_client.manager import AsyncKernelManager
+
+        self._count += 1
+        name = self._folder / f"k{self._count}"
+        manager = AsyncKernelManager(
+            kernel_name="python3", transport="ipc", ip=str(name), connection_file=f"{name}.json"
+        )
+        asyncio.run(
+            manager.start_kernel(
+                cwd=str(self._cwd),
+                env={**os.environ, **self._env},
+                extra_arguments=[f"--IPKernelApp.exec_lines={_AHEAD}", "--HistoryManager.enabled=False"],
+            )
+        )
+        self._next = manager
+
+    def take(self) -> Any:
+        """The kernel that was started ahead."""
+        self.start_next()
+        if self._thread is not None:
+            self._thread.join()
+        manager, self._next, self._thread = self._next, None, None
+        if manager is None:
+            raise StepFailedError("no kernel could be started", remedy="runbook doctor ENV")
+        return manager
+
+    @staticmethod
+    def end(manager: Any) -> None:
+        """Shut a kernel down."""
+        asyncio.run(manager.shutdown_kernel(now=True))
+
+    def close(self) -> None:
+        """End what was started ahead and remove the sockets."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._next is not None:
+            self.end(self._next)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def go(run: Run, *, wait: bool = False, until: str | None = None) -> Outcome:
+    """Run the phases that are not green yet, in order, to the end or to the next stop.
+
+    Args:
+        wait: wait at gates (each until its own time-out) instead of pausing.
+        until: the last phase to run; None means to the end.
+    """
+    state = run.state
+    if state.ended:
+        close(run)
+        return Outcome(0 if state.ended == "completed" else 1, f"the run has ended: {state.ended}", state.phase)
+    if state.rollback is not None:
+        return roll_back(run, str(state.rollback["reason"]), cause=int(state.rollback["exit_code"]))
+    _stale_gates(run)
+    kernels = Kernels(run.root, {gate.WAIT_VARIABLE: "1"} if wait else {})
+    try:
+        kernels.start_next()
+        for module in FORWARD:
+            phase = name_of(module)
+            if not _passed(run, phase):
+                stop = _run_phase(run, phase, kernels)
+                if stop is not None:
+                    return _stopped(run, stop)
+            if phase == until:
+                return Outcome(75, f"{phase} is green; stopped there as asked", phase)
+    finally:
+        kernels.close()
+    end(run, "completed")
+    return Outcome(0, "the release is complete", name_of(FORWARD[-1]))
+
+
+def roll_back(run: Run, reason: str, *, cause: int) -> Outcome:
+    """Take the way back that the ledger compiles; ends the run as rolled back when it is proved.
+
+    Args:
+        reason: for the incident note.
+        cause: the exit code of what made it necessary (1 or 3): it stays the exit code of a clean rollback.
+    """
+    if run.state.rollback is None:
+        run.ledger.append(run.run_id, "rollback_requested", {"reason": reason, "exit_code": cause})
+    kernels = Kernels(run.root, {})
+    try:
+        stop = None if _passed(run, "rollback") else _run_phase(run, "rollback", kernels)
+    finally:
+        kernels.close()
+    if stop is not None:
+        return stop
+    end(run, "rolled_back")
+    return Outcome(cause, f"rolled back: {reason}", "rollback")
+
+
+def review(run: Run) -> Outcome:
+    """Phase 8 on an ended run: its notebook and artifacts go to review/, signed apart."""
+    if not run.state.ended:
+        return Outcome(75, f"run {run.run_id} has not ended: there is nothing to review yet", run.state.phase)
+    close(run)
+    kernels = Kernels(run.root, {})
+    try:
+        if not _passed(run, "review"):
+            stop = _run_phase(run, "review", kernels)
+            if stop is not None:
+                return stop
+    finally:
+        kernels.close()
+    archive.seal_review(
+        run.folder,
+        events=run.ledger.events(run.run_id),
+        recorder_key=run.secrets.path(run.params.record.key),
+        trust=run.trust,
+    )
+    return Outcome(0, "the review is signed and stands beside the record", "review")
+
+
+def end(run: Run, state: str, **why: str) -> None:
+    """Write the run's end, free the environment and seal the record."""
+
+    def once(now: RunState) -> None:
+        if now.ended:
+            raise PausedError(f"run {run.run_id} has ended already: {now.ended}", remedy="runbook list")
+
+    run.ledger.append(run.run_id, "run_ended", {"state": state, **why}, guard=once)
+    close(run)
+
+
+def close(run: Run) -> None:
+    """Seal an ended run's record if that was not done, and renew the environment's list of runs."""
+    if not (run.folder / "statement.json.sig").exists():
+        inbox = run.folder / "decisions" / "inbox"
+        if inbox.is_dir():
+            target = run.scratch / "left-in-inbox"
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.move(inbox, target)
+        archive.seal(
+            run.folder,
+            events=run.ledger.events(run.run_id),
+            state=run.state,
+            recorder_key=run.secrets.path(run.params.record.key),
+            trust=run.trust,
+        )
+    write_index(run)
+
+
+def write_index(run: Run) -> None:
+    """Write outputs/<environment>/index.html."""
+    states = run.ledger.runs(run.release.environment)
+    write_atomically(run.folder.parent / "index.html", runs_index_html(states))
+
+
+def _stale_gates(run: Run) -> None:
+    """A green gate whose evidence or decisions no longer stand is asked again before anything else starts."""
+    state = run.state
+    for module in FORWARD:
+        for step in module.STEPS:
+            if step.gate and state.green(step.key()):
+                try:
+                    gate.approvals(run, state, step.gate)
+                except RunbookError as error:
+                    data = {"step": step.key(), "attempt": state.step(step.key()).attempt, "why": f"stale: {error}"}
+                    run.ledger.append(run.run_id, "step_reset", data)
+
+
+def _passed(run: Run, phase: str) -> bool:
+    state = run.state
+    green = all(step.is_green(run, state) for step in steps_of(phase))
+    return green and _whole(_notebook(run, phase))
+
+
+def _notebook(run: Run, phase: str) -> Path:
+    return run.folder / ("review" if phase == "review" else "notebooks") / notebook_of(phase)
+
+
+def _whole(path: Path) -> bool:
+    if not path.exists():
+        return False
+    cells = json.loads(path.read_text())["cells"]
+    code = [c for c in cells if c["cell_type"] == "code"]
+    return all(c["execution_count"] and not any(o["output_type"] == "error" for o in c["outputs"]) for c in code)
+
+
+def _run_phase(run: Run, phase: str, kernels: Kernels) -> Outcome | None:
+    """Run one notebook; None when every step of the phase is green, else why not."""
+    import papermill
+
+    manager = kernels.take()
+    if phase not in ("complete", "rollback", "review"):
+        kernels.start_next()
+    if phase != "review":
+        run.ledger.append(run.run_id, "phase_started", {"phase": phase})
+    draft = run.scratch / "notebooks" / notebook_of(phase)
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    said: Exception | None = None
+    try:
+        papermill.execute_notebook(
+            str(run.root / "runbooks" / notebook_of(phase)),
+            str(draft),
+            parameters={
+                "environment": run.release.environment,
+                "version": run.release.version,
+                "run_id": run.run_id,
+            },
+            progress_bar=False,
+            cwd=str(run.root),
+            km=manager,
+        )
+    except Exception as error:  # noqa: BLE001  # whatever papermill says, the ledger decides below
+        said = error
+    finally:
+        Kernels.end(manager)
+    _keep(run, draft, _notebook(run, phase))
+    state = run.state
+    if all(step.is_green(run, state) for step in steps_of(phase)):
+        return None
+    return _why(run, phase, state, said)
+
+
+def _keep(run: Run, draft: Path, final: Path) -> None:
+    """Move the executed notebook into the record; an earlier attempt is kept beside it, not overwritten."""
+    if not draft.exists():
+        return
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists():
+        attempts = run.folder / "attempts"
+        attempts.mkdir(exist_ok=True)
+        number = 1 + len(list(attempts.glob(f"{final.stem}-*.ipynb")))
+        final.replace(attempts / f"{final.stem}-{number}.ipynb")
+    text = run.secrets.redacted(draft.read_text())
+    write_atomically(final, text)
+    draft.unlink()
+    sync_folder(final.parent)
+
+
+def _why(run: Run, phase: str, state: RunState, said: Exception | None) -> Outcome:
+    name, text = _named(said)
+    waiting = next((s for s in steps_of(phase) if s.gate and not state.green(s.key())), None)
+    others_green = waiting is not None and all(
+        s.is_green(run, state) for s in steps_of(phase) if not s.gate
+    )
+    at = waiting.gate if waiting is not None and others_green else None
+    if name == "GateClosedError":
+        return Outcome(GateClosedError.exit_code, text, phase, at)
+    if name in ("PausedError", "StepInDoubtError"):
+        return Outcome(PausedError.exit_code, text, phase, at)
+    if name == "UsageError":
+        return Outcome(2, text, phase)
+    doubt = [k for k, s in state.steps.items() if s.status in (Status.RUNNING, Status.BLOCKED)]
+    if name == "DeadKernelError" or (doubt and name in ("KeyboardInterrupt", "CellTimeoutError")):
+        return Outcome(75, f"the kernel died in {', '.join(doubt) or phase}: nothing is guessed", phase)
+    if said is None:
+        missing = [s.key() for s in steps_of(phase) if not s.is_green(run, state)]
+        return Outcome(1, f"the notebook of {phase} ended, but the ledger has no green {', '.join(missing)}", phase)
+    return Outcome(1, text, phase)
+
+
+def _named(said: Exception | None) -> tuple[str, str]:
+    if said is None:
+        return "", ""
+    name, value = getattr(said, "ename", type(said).__name__), getattr(said, "evalue", str(said))
+    return str(name), str(value)
+
+
+def _stopped(run: Run, stop: Outcome) -> Outcome:
+    """A failed step or a rejected gate: the way back is taken at once where the params say so, else offered."""
+    state = run.state
+    failed = any(s.status is Status.FAILED for s in state.steps.values())
+    rejected = bool(state.rejected_gate)
+    if stop.exit_code in (1, 3) and (failed or rejected) and run.params.rollback.automatic:
+        return roll_back(run, stop.message, cause=stop.exit_code)
+    return stop
+
+

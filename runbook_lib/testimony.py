@@ -1,0 +1,91 @@
+"""What people saw: signed spot checks, and signed settlements of blocked steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from runbook_lib import decisions
+from runbook_lib.canonical import digest
+from runbook_lib.errors import UsageError
+from runbook_lib.model import Status, StepResult
+from runbook_lib.run import Run
+from runbook_lib.state import RunState
+
+
+def record_check(run: Run, name: str, *, passed: bool, note: str, person: str, key: Path) -> dict[str, Any]:
+    """Record one manual spot check; the last word of a check counts, earlier ones stay in the ledger.
+
+    Raises:
+        UsageError: no such check, the run is elsewhere, or the person may not.
+    """
+    known = [check.name for check in run.params.spot_checks.checks]
+    if name not in known:
+        raise UsageError(f"there is no spot check {name!r}", remedy=f"use one of {', '.join(known)}")
+    state = run.state
+    if state.ended or state.green("verify.sign_off") or not state.green("verify.smoke_tests"):
+        raise UsageError(f"refused: run {run.run_id} is not at its spot checks", remedy=f"runbook status {run.run_id}")
+    who = decisions.person_of(run, person)
+    if not set(who.roles) & set(run.params.gates.release.roles):
+        needed = " or ".join(run.params.gates.release.roles)
+        raise UsageError(f"refused: {person} holds {', '.join(who.roles) or 'no role'}; a spot check needs {needed}", remedy="ask them")
+    if not passed and not note.strip():
+        raise UsageError("refused: a failed check needs its note", remedy="give --note TEXT")
+    number = 1 + sum(e.kind == "check_recorded" and e.data["check"] == name for e in run.ledger.events(run.run_id))
+    said = {
+        "run": run.run_id,
+        "check": name,
+        "passed": passed,
+        "note": note,
+        "person": person,
+        "ledger_head": state.head,
+    }
+    subject = [{"name": run.release.version, "digest": {"gitCommit": run.release.commit}}]
+    data = decisions.statement(decisions.SPOT_CHECK, subject, said)
+    signature = decisions.signed(data, key=key)
+    decisions.check_signature(run, data, signature, person=person)
+    kept = decisions.store(run, f"check-{name}-{number}", data, signature)
+    recorded = {"check": name, "passed": passed, "note": note, "person": person, **kept}
+    run.ledger.append(run.run_id, "check_recorded", recorded)
+    return recorded
+
+
+def resolve(run: Run, step: str, *, done: bool, comment: str, person: str, key: Path) -> dict[str, Any]:
+    """Settle a blocked step: done makes it green, not done lets it start again.
+
+    Raises:
+        UsageError: the step is not blocked, or the person holds no role.
+    """
+    now = run.state.step(step)
+    if now.status is not Status.BLOCKED:
+        raise UsageError(f"refused: {step} is {now.status.value}, not blocked", remedy=f"runbook status {run.run_id}")
+    if not decisions.person_of(run, person).roles:
+        raise UsageError(f"refused: {person} holds no role", remedy="ask somebody who does")
+    said = {
+        "run": run.run_id,
+        "step": step,
+        "attempt": now.attempt,
+        "done": done,
+        "comment": comment,
+        "person": person,
+        "ledger_head": run.state.head,
+    }
+    subject = [{"name": step, "digest": {"sha256": digest(dict(now.intent))}}]
+    data = decisions.statement(decisions.RESOLUTION, subject, said)
+    signature = decisions.signed(data, key=key)
+    decisions.check_signature(run, data, signature, person=person)
+    kept = decisions.store(run, f"resolve-{step}-{now.attempt}", data, signature)
+    facts = {"settled by": person, "comment": comment, "statement": kept["statement"]}
+
+    def still_blocked(state: RunState) -> None:
+        if state.step(step).status is not Status.BLOCKED:
+            raise UsageError(f"refused: {step} was settled by somebody else", remedy=f"runbook status {run.run_id}")
+
+    if done:
+        result = StepResult(facts=facts, title=str(now.intent["title"]))
+        outcome = {"step": step, "attempt": now.attempt, "status": "green", "result": result.as_json(), "duration_s": 0.0}
+        run.ledger.append(run.run_id, "step_outcome", {**outcome, "settled_by": person}, guard=still_blocked)
+    else:
+        reset = {"step": step, "attempt": now.attempt, "why": f"not done, says {person}: {comment}", **kept}
+        run.ledger.append(run.run_id, "step_reset", reset, guard=still_blocked)
+    return {"step": step, "done": done, **facts}
