@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class RunbookError(Exception):
@@ -41,7 +41,9 @@ class UsageError(RunbookError):
 
 
 class StepFailedError(RunbookError):
-    """A step ran and did not reach what it is for."""
+    """A step ran and did not reach what it is for; `result` may hold the StepResult that shows the evidence."""
+
+    result: Any = None
 
 
 class UnavailableError(StepFailedError):

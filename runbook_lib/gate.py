@@ -18,7 +18,7 @@ from typing import Any
 
 from runbook_lib import decisions
 from runbook_lib.canonical import canonical_json, digest, sha256, sha256_file, write_atomically
-from runbook_lib.errors import GateClosedError, PausedError, RunbookError, UsageError, VerificationError
+from runbook_lib.errors import GateClosedError, PausedError, RunbookError, StepFailedError, UsageError, VerificationError
 from runbook_lib.model import GateRule, Recovery, StepResult, shown
 from runbook_lib.run import Run
 from runbook_lib.state import GateState, RunState
@@ -356,7 +356,17 @@ def check_needs(run: Run, state: RunState, step: Step) -> Mapping[str, Any]:
     return {name: [d["sha256"] for d in approvals(run, state, name)] for name in step.needs}
 
 
+def red_cards(run: Run, name: str) -> list[str]:
+    """The evidence that forbids an approval, by name."""
+    return [card["name"] for card in evidence(run, name)["cards"] if card["verdict"] == "red"]
+
+
 def _outcome(run: Run, name: str) -> StepResult:
+    if red := red_cards(run, name):
+        raise StepFailedError(
+            f"gate {name} cannot be green: {', '.join(red)} is red",
+            remedy=f"runbook rollback {run.run_id}, or runbook abort {run.run_id} --reason TEXT",
+        )
     given = approvals(run, run.state, name)
     now = run.state.gate(name)
     return StepResult(
@@ -375,6 +385,8 @@ def _ready(run: Run, name: str) -> bool:
     if any(d["decision"] == "reject" for d in before.decisions):
         raise _rejected(run, name, before)
     open_round(run, name)
+    if red_cards(run, name):
+        return True  # nobody is asked to approve what is red: the step's own action says so and fails
     if run.params.rehearsal is not None and run.params.rehearsal.people_sign and run.state.opened.get("people_sign"):
         _ask_rehearsal_people(run, name)
     while True:

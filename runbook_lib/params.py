@@ -90,6 +90,7 @@ class Host(_Strict):
     address: Address
     url: Url | None = None
     balanced: bool = True
+    log: Line = "log/app.log"
     files: Annotated[list[Line], Field(min_length=1)] = ["."]
 
 
@@ -167,6 +168,7 @@ class Watch(_Strict):
     baseline_s: Annotated[float, Field(ge=5, le=7 * 86400)] = 3600.0
     extensions: Annotated[int, Field(ge=0, le=5)] = 1
     access_log: Line
+    queue_depth_sql: Text | None = None
     hard_limits: dict[Word, float] = {}
     rules: dict[Word, Any] = {}
 

@@ -220,12 +220,13 @@ def test_reads_and_writes_pass_a_backend_that_refuses_connections(front: Front, 
 
 def test_a_read_that_broke_off_is_asked_elsewhere_a_write_is_not(front: Front, apps: list[App]) -> None:
     assert front.get("/cut").status_code == 503
-    assert [app.asked for app in apps] == [1, 1]
+    asked = sum(app.asked for app in apps)
+    assert all(app.asked > 0 for app in apps)
 
     written = requests.post(front.url + "/cut", data={"quantity": 1}, timeout=5)
 
     assert written.status_code == 502
-    assert sum(app.asked for app in apps) == 3
+    assert sum(app.asked for app in apps) == asked + 1
 
 
 def test_nobody_ready_answers_503(front: Front) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def test_each_next_release_keeps_the_earlier_migrations(built: tuple[Path, dict[
     ]
 
     assert pending[0] < pending[1] < pending[2]
-    assert [len(later - earlier) for earlier, later in zip(pending, pending[1:], strict=False)] == [2, 1]
+    assert [len(later - earlier) for earlier, later in pairwise(pending)] == [2, 1]
 
 
 def test_an_existing_repository_keeps_what_was_pushed(clone: Path) -> None:

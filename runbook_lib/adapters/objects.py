@@ -1,0 +1,222 @@
+"""Off-site copies in S3 or what speaks its protocol; boto3 is imported at the first call, since it is slow to load."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runbook_lib.canonical import sha256_file
+from runbook_lib.errors import DeniedError, StepFailedError, UnavailableError, UsageError
+from runbook_lib.ports import Stored
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_BLOCK_BYTES = 1 << 20
+# Up to here one request with the checksum of the whole; above, parts, each with its own.
+_ONE_REQUEST_BYTES = 64 << 20
+_PART_BYTES = 64 << 20
+_DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "AllAccessDisabled", "403")
+_MISSING = ("404", "NoSuchKey", "NoSuchVersion", "NotFound")
+
+
+@dataclass(slots=True)
+class S3Store:
+    """One bucket, every key under `prefix`.
+
+    Args:
+        endpoint: None for Amazon's own.
+        profile: of the credentials file.
+        credentials_file: in the form of ~/.aws/credentials; None for the machine's own way to credentials.
+    """
+
+    bucket: str
+    prefix: str
+    endpoint: str | None = None
+    region: str = "us-east-1"
+    profile: str = "default"
+    credentials_file: str | None = None
+    _known: S3Client | None = field(default=None, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    def put(self, path: Path, key: str, *, sha256: str) -> Stored:
+        """See `ports.ObjectStore`.
+
+        Raises:
+            StepFailedError: the file on disk is not what `sha256` says.
+        """
+        known = self._version_with(key, sha256, path.stat().st_size)
+        if known is not None:
+            return known
+        found = sha256_file(path)
+        if found != sha256:
+            raise StepFailedError(f"{path} has sha256 {found}, expected {sha256}", remedy="the local file changed: back up again")
+        with self._answering(key):
+            if path.stat().st_size <= _ONE_REQUEST_BYTES:
+                self._put_whole(path, key, sha256)
+            else:
+                self._put_parts(path, key, sha256)
+        stored = self._version_with(key, sha256, path.stat().st_size)
+        if stored is None:
+            raise UnavailableError(f"{self._address(key)} was stored and is not found", remedy="try again")
+        return stored
+
+    def find(self, key: str) -> Stored | None:
+        """See `ports.ObjectStore`."""
+        with self._answering(key):
+            return self._head(key)
+
+    def read_back(self, stored: Stored) -> tuple[str, int]:
+        """See `ports.ObjectStore`."""
+        arguments = {} if stored.version_id == "null" else {"VersionId": stored.version_id}
+        digest, size_bytes = hashlib.sha256(), 0
+        with self._answering(stored.key):
+            body = self._client.get_object(Bucket=self.bucket, Key=self._full(stored.key), **arguments)["Body"]  # type: ignore[arg-type]
+            while block := body.read(_BLOCK_BYTES):
+                digest.update(block)
+                size_bytes += len(block)
+        return digest.hexdigest(), size_bytes
+
+    def used_bytes(self) -> int:
+        """See `ports.ObjectStore`."""
+        with self._answering(""):
+            pages = self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket)
+            return sum(int(version["Size"]) for page in pages for version in page.get("Versions", []))
+
+    def _put_whole(self, path: Path, key: str, sha256: str) -> None:
+        checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
+        with path.open("rb") as body:
+            self._client.put_object(
+                Bucket=self.bucket,
+                Key=self._full(key),
+                Body=body,
+                ChecksumSHA256=checksum,
+                Metadata={"sha256": sha256},
+            )
+
+    def _put_parts(self, path: Path, key: str, sha256: str) -> None:
+        s3, name = self._client, self._full(key)
+        self._forget_half_uploads(name)
+        upload = s3.create_multipart_upload(
+            Bucket=self.bucket, Key=name, ChecksumAlgorithm="SHA256", Metadata={"sha256": sha256}
+        )["UploadId"]
+        parts: list[Any] = []
+        with path.open("rb") as file:
+            while block := file.read(_PART_BYTES):
+                checksum = base64.b64encode(hashlib.sha256(block).digest()).decode()
+                number = len(parts) + 1
+                done = s3.upload_part(
+                    Bucket=self.bucket, Key=name, UploadId=upload, PartNumber=number, Body=block, ChecksumSHA256=checksum
+                )
+                parts.append({"PartNumber": number, "ETag": done["ETag"], "ChecksumSHA256": checksum})
+        s3.complete_multipart_upload(Bucket=self.bucket, Key=name, UploadId=upload, MultipartUpload={"Parts": parts})
+
+    def _forget_half_uploads(self, name: str) -> None:
+        """Parts of an upload that was killed cost storage and are seen by nobody."""
+        listed = self._client.list_multipart_uploads(Bucket=self.bucket, Prefix=name)
+        for upload in listed.get("Uploads", []):
+            if upload.get("Key") == name:
+                self._client.abort_multipart_upload(Bucket=self.bucket, Key=name, UploadId=upload["UploadId"])
+
+    def _version_with(self, key: str, sha256: str, size_bytes: int) -> Stored | None:
+        """The newest version that holds this content, among all versions of the key."""
+        with self._answering(key):
+            newest = self._head(key)
+            if newest is None or (newest.sha256, newest.size_bytes) == (sha256, size_bytes):
+                return newest
+            pages = self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=self._full(key))
+            for page in pages:
+                for version in page.get("Versions", []):
+                    if version["Key"] == self._full(key) and version["Size"] == size_bytes:
+                        older = self._head(key, version["VersionId"])
+                        if older is not None and older.sha256 == sha256:
+                            return older
+        return None
+
+    def _head(self, key: str, version_id: str | None = None) -> Stored | None:
+        from botocore.exceptions import ClientError
+
+        arguments = {} if version_id is None else {"VersionId": version_id}
+        try:
+            said = self._client.head_object(Bucket=self.bucket, Key=self._full(key), **arguments)  # type: ignore[arg-type]
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") in _MISSING:
+                return None
+            raise
+        return Stored(key, said.get("VersionId") or "null", said["ContentLength"], said.get("Metadata", {}).get("sha256"))
+
+    @property
+    def _client(self) -> S3Client:
+        with self._lock:
+            if self._known is None:
+                self._known = self._connected()
+            return self._known
+
+    def _connected(self) -> S3Client:
+        import boto3
+        import botocore.session
+        from botocore.config import Config
+        from botocore.exceptions import ProfileNotFound
+
+        core = botocore.session.get_session()
+        named = None
+        if self.credentials_file is not None:
+            if not Path(self.credentials_file).is_file():
+                raise UsageError(
+                    f"backup.store.credentials_file {self.credentials_file} is not there", remedy="mend the params file"
+                )
+            core.set_config_variable("credentials_file", self.credentials_file)
+            named = self.profile
+        elif self.profile != "default":
+            # Naming the default profile would forbid a machine that has its credentials from its own role.
+            named = self.profile
+        try:
+            session = boto3.Session(botocore_session=core, profile_name=named, region_name=self.region)
+        except ProfileNotFound as error:
+            raise UsageError(f"backup.store.profile: {error}", remedy="mend the params file") from error
+        settings = Config(
+            signature_version="s3v4",
+            connect_timeout=5,
+            read_timeout=60,
+            retries={"max_attempts": 4, "mode": "standard"},
+            s3={"addressing_style": "path" if self.endpoint else "auto"},
+        )
+        with _session_lock:
+            return session.client("s3", endpoint_url=self.endpoint, config=settings)
+
+    def _full(self, key: str) -> str:
+        return f"{self.prefix.strip('/')}/{key}"
+
+    def _address(self, key: str) -> str:
+        return f"s3://{self.bucket}/{self._full(key)}"
+
+    @contextmanager
+    def _answering(self, key: str) -> Iterator[None]:
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+
+        try:
+            yield
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            raise DeniedError(f"{self._address(key)}: {error}", remedy="check backup.store.credentials_file") from error
+        except ClientError as error:
+            detail = error.response.get("Error", {})
+            code, status = detail.get("Code", ""), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            said = f"{self._address(key)}: {code} {detail.get('Message', '')}".strip()[:400]
+            if code in _DENIED or status == 403:
+                raise DeniedError(said, remedy="check the store's credentials and rights") from error
+            if code == "NoSuchBucket":
+                raise UsageError(said, remedy="make the bucket, with versioning on") from error
+            raise UnavailableError(said, remedy="try again: runbook resume RUN") from error
+        except BotoCoreError as error:
+            said = " ".join(str(error).split())[:300]
+            raise UnavailableError(f"{self._address(key)}: {said}", remedy="check backup.store.endpoint, then resume") from error
+
+
+# boto3's loader is not safe to use from two threads at once.
+_session_lock = threading.Lock()

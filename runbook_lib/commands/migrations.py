@@ -1,0 +1,90 @@
+"""Migration tools' command lines: dbmate, whose schema_migrations is Rails' table, and rails itself."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from runbook_lib.errors import UsageError
+from runbook_lib.model import Command
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One database as one role sees it; the password is in `passfile`."""
+
+    host: str
+    port: int
+    role: str
+    database: str
+    passfile: str
+    lock_timeout_s: float
+
+    @property
+    def url(self) -> str:
+        """Without a password: the client takes it from the password file."""
+        return f"postgres://{self.role}@{self.host}:{self.port}/{self.database}?sslmode=disable&lock_timeout={round(self.lock_timeout_s * 1000)}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What the client needs beside its argv."""
+        return {"PGPASSFILE": self.passfile}
+
+
+def up(tool: str, executable: str, target: Target, *, tree: Path, directory: str, timeout_s: float) -> Command:
+    """Apply what is pending."""
+    if tool == "rails":
+        return _rails(executable, target, tree, timeout_s, "db:migrate")
+    return _dbmate(executable, target, tree / directory, timeout_s, "up")
+
+
+def down(tool: str, executable: str, target: Target, *, tree: Path, directory: str, timeout_s: float, version: str) -> Command:
+    """Undo one version; dbmate undoes the newest only, so its caller checks first which that is."""
+    if tool == "rails":
+        command = _rails(executable, target, tree, timeout_s, "db:migrate:down")
+        return Command(command.argv, timeout_s, {**command.env, "VERSION": version}, command.cwd)
+    return _dbmate(executable, target, tree / directory, timeout_s, "rollback")
+
+
+def status(tool: str, executable: str, target: Target, *, tree: Path, directory: str) -> Command:
+    """List what is applied and pending; rails exits 1 on an empty database."""
+    if tool == "rails":
+        return _rails(executable, target, tree, 120.0, "db:migrate:status")
+    return _dbmate(executable, target, tree / directory, 120.0, "status")
+
+
+def versions_in(tree: Path, directory: str) -> dict[str, Path]:
+    """The release's migrations: version to file, oldest first.
+
+    Raises:
+        UsageError: a file's name has no version, or two have the same.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted((tree / directory).glob("*")):
+        if path.suffix not in (".sql", ".rb"):
+            continue
+        match = re.match(r"(\d{8,20})_", path.name)
+        if match is None or match[1] in found:
+            raise UsageError(f"migration {path.name} has no version of its own", remedy="rename it in the release")
+        found[match[1]] = path
+    return found
+
+
+def reversible(path: Path) -> bool:
+    """True when a migration says how it is undone."""
+    text = path.read_text()
+    if path.suffix == ".rb":
+        return "IrreversibleMigration" not in text and re.search(r"def (change|down)\b", text) is not None
+    _, found, after = text.partition("-- migrate:down")
+    return bool(found) and any(line.strip() and not line.strip().startswith("--") for line in after.splitlines()[1:])
+
+
+def _dbmate(executable: str, target: Target, folder: Path, timeout_s: float, verb: str) -> Command:
+    argv = (executable, "--no-dump-schema", "--migrations-dir", str(folder), "--url", target.url, verb)
+    return Command(argv, timeout_s=timeout_s, env=target.env)
+
+
+def _rails(executable: str, target: Target, tree: Path, timeout_s: float, task: str) -> Command:
+    env = {**target.env, "DATABASE_URL": target.url.replace("postgres://", "postgresql://"), "RAILS_ENV": "production"}
+    return Command((executable, task), timeout_s=timeout_s, env=env, cwd=tree)

@@ -1,0 +1,563 @@
+"""Phase 1: everything that a rollback by restore would need, and the proof that it could."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from runbook_lib import restore
+from runbook_lib.adapters import inventory
+from runbook_lib.canonical import canonical_json, sha256, sha256_file, sync_folder, write_atomically
+from runbook_lib.commands import archive_files as files
+from runbook_lib.commands import postgres
+from runbook_lib.errors import PausedError, StepFailedError, StepInDoubtError
+from runbook_lib.gate import gate_step
+from runbook_lib.ledger import utc_now
+from runbook_lib.model import Recovery, StepResult
+from runbook_lib.phases import prepare
+from runbook_lib.run import Run
+from runbook_lib.step import current_attempt, step
+
+_MOST_SHOWN = 20
+
+
+def dump_path(run: Run) -> Path:
+    """Where the run's database dump lies."""
+    return Path(run.params.backup.directory) / f"{run.run_id}.dump"
+
+
+def archive_path(run: Run, host: str) -> Path:
+    """Where the run's archive of a host's files lies."""
+    return Path(run.params.backup.directory) / f"{run.run_id}-{host}.tgz"
+
+
+def _hosts(run: Run) -> tuple[str, ...]:
+    return tuple(run.params.all_hosts)
+
+
+@step(
+    "Check again what was prepared days ago",
+    recovery=Recovery.REPEAT,  # only reads
+    owner="Lead",
+    expected_s=1.0,
+)
+def recheck_preparation(run: Run) -> StepResult:
+    """The window is open, the candidate and CI's word on it stand, the freeze is ours, the room is there."""
+    start, end = prepare.window(run)
+    now = datetime.now(UTC)
+    opens = start - timedelta(seconds=run.params.window.early_s)
+    if run.params.window.start is not None and now < opens:
+        raise PausedError(
+            f"the window starts at {start:%Y-%m-%d %H:%M} UTC; the backup may start {run.params.window.early_s:g} s before",
+            remedy=f"after {opens:%H:%M} UTC: runbook resume {run.run_id}",
+        )
+    facts = prepare.candidate(run)
+    holder = run.services.repository.frozen_by()
+    if holder != run.run_id:
+        raise StepFailedError(
+            f"the merge freeze is {f'held by {holder}' if holder else 'not there'}, not this run's",
+            remedy="find out who lifted it; abort this run and open a new one",
+        )
+    room, artifact = prepare.capacity(run, "backup/capacity.json")
+    late = run.params.window.start is not None and now > end
+    window = f"{start:%Y-%m-%d %H:%M} to {end:%H:%M} UTC" + (", already over" if late else "")
+    return StepResult(facts={**facts, "frozen by": holder, "window": window, **room}, artifacts=(artifact,))
+
+
+@recheck_preparation.plan
+def _(run: Run) -> list[tuple[str, ...]]:
+    return [("call", "candidate, CI, freeze, window and room, again")]
+
+
+@step(
+    "Archive the application's files",
+    recovery=Recovery.PROBE,
+    owner="Ops",
+    timeout_s=7200.0,
+    expected_s=2.0,
+    way_back="the archive is kept",
+    each=_hosts,
+)
+def archive_host_files(run: Run, host: str) -> StepResult:
+    """Stream the host's files here as one archive and compare each with its source."""
+    final = archive_path(run, host)
+    finished = _finished(run, final)
+    if finished is not None:
+        return finished
+    part = _fresh_part(final)
+    try:
+        before = _source_manifest(run, host, "before")
+        if not before:
+            raise StepFailedError(
+                f"{host} has no file in {', '.join(run.params.all_hosts[host].files)}", remedy=f"mend hosts.{host}.files"
+            )
+        run.services.shell.run(_tar(run, host, before, part), name=f"tar-{host}")
+        _sync(part)
+        archived = _contents(part)
+        after = _source_manifest(run, host, "after")
+        compared = files.compare(before, archived, after)
+        if not compared.proved:
+            raise StepFailedError(
+                f"the archive of {host} is not its source: {len(compared.missing)} files missing, "
+                f"{len(compared.differing)} differ ({', '.join((*compared.missing, *compared.differing)[:3])})",
+                remedy=f"runbook resume {run.run_id} archives again; when it stays, look at the disks",
+            )
+        listing = {"host": host, "files": archived, "changed_while_archived": list(compared.moving)}
+        kept = run.keep(f"backup/files-{host}.json", canonical_json(listing))
+        facts = {
+            "file": str(final),
+            "bytes": part.stat().st_size,
+            "sha256": sha256_file(part),
+            "files": len(archived),
+            "changed while archived": list(compared.moving[:_MOST_SHOWN]),
+        }
+        result = StepResult(facts=facts, artifacts=(kept,))
+        _finish(run, part, final, result)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return result
+
+
+@archive_host_files.probe
+def _(run: Run, host: str, intent: Mapping[str, Any]) -> StepResult | None:
+    return _finished(run, archive_path(run, host))
+
+
+@archive_host_files.plan
+def _(run: Run) -> list[tuple[str, ...]]:
+    shown: list[tuple[str, ...]] = []
+    for host in _hosts(run):
+        part = archive_path(run, host).with_suffix(".tgz.part")
+        named = run.params.all_hosts[host].files
+        manifest = files.manifest(named, into=part, timeout_s=run.params.backup.timeout_s)
+        shown += [run.services.hosts[host].command(manifest).argv, _tar(run, host, {}, part).argv]
+    return shown
+
+
+def _tar(run: Run, host: str, known: Mapping[str, str], part: Path) -> Any:
+    command = files.create(
+        run.params.all_hosts[host].files, known=known, into=part, timeout_s=run.params.backup.timeout_s
+    )
+    return run.services.hosts[host].command(command)
+
+
+def _source_manifest(run: Run, host: str, when: str) -> dict[str, str]:
+    into = _scratch(run) / f"{host}-{when}.sha256"
+    command = files.manifest(run.params.all_hosts[host].files, into=into, timeout_s=run.params.backup.timeout_s)
+    run.services.shell.run(run.services.hosts[host].command(command), name=f"manifest-{when}-{host}")
+    try:
+        return files.parse_manifest(into.read_bytes())
+    except ValueError as error:
+        raise StepFailedError(f"the list of files of {host} is not readable: {error}", remedy=f"look at {into}") from error
+
+
+def _contents(archive: Path) -> dict[str, str]:
+    try:
+        return files.contents(archive)
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise StepFailedError(f"{archive} cannot be read to its end: {error}", remedy="archive again") from error
+
+
+@step(
+    "Dump the database",
+    recovery=Recovery.PROBE,
+    owner="DBA",
+    timeout_s=7200.0,
+    expected_s=3.0,
+    way_back="the dump is kept",
+)
+def dump_database(run: Run) -> StepResult:
+    """pg_dump from an exported snapshot, with an inventory of exactly what that snapshot held."""
+    database, params = run.services.database, run.params.database
+    final = dump_path(run)
+    finished = _finished(run, final)
+    if finished is not None:
+        return finished
+    part = _fresh_part(final)
+    try:
+        with database.connect(
+            params.backup_role, params.production, application=f"runbook: snapshot {run.run_id}"
+        ) as connection:
+            _refuse_older_tool(run, connection.info.server_version)
+            restore.begin_snapshot(connection)
+            row = connection.execute("SELECT pg_export_snapshot()").fetchone()
+            assert row is not None  # noqa: S101  # a function call has one row
+            taken_at = utc_now()
+            source = inventory.take(connection)
+            # Before the dump starts: a dump that outlives this process is worth something only with it.
+            _note(run, {"taken_at": taken_at, "inventory": source})
+            run.services.shell.run(_dump(run, row[0], part), name="pg_dump")
+        return _adopt_dump(run, part, final, source, taken_at)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@dump_database.probe
+def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
+    final = dump_path(run)
+    found = _finished(run, final)
+    if found is not None:
+        return found
+    # The executor is gone, pg_dump went on without it: its exit status says whether the dump is whole.
+    status = run.folder / intent["children"] / "pg_dump.exit"
+    note, part = _scratch(run) / "dump-inventory.json", _part(final)
+    if status.exists() and status.read_text().strip() == "0" and part.exists() and note.exists():
+        known = json.loads(note.read_bytes())
+        if known["attempt"] == intent["attempt"]:
+            return _adopt_dump(run, part, final, known["inventory"], known["taken_at"])
+    part.unlink(missing_ok=True)
+    return None
+
+
+@dump_database.plan
+def _(run: Run) -> list[tuple[str, ...]]:
+    return [("call", "pg_export_snapshot, inventory"), _dump(run, "SNAPSHOT", _part(dump_path(run))).argv]
+
+
+def _server(run: Run) -> postgres.Server:
+    params = run.params.database
+    return postgres.Server(params.host, params.port, params.passfile)
+
+
+def _dump(run: Run, snapshot: str, part: Path) -> Any:
+    params = run.params.database
+    return postgres.dump(
+        _server(run),
+        params.backup_role,
+        params.production,
+        snapshot=snapshot,
+        into=part,
+        timeout_s=run.params.backup.timeout_s,
+    )
+
+
+def _refuse_older_tool(run: Run, server_version: int) -> None:
+    said = run.services.shell.run(postgres.version(), name="pg_dump-version").output.strip()
+    tool, server = postgres.major(said), server_version // 10000
+    if tool < server:
+        raise StepFailedError(
+            f"pg_dump is {said or 'unknown'}, the server is PostgreSQL {server}: an older tool can leave things out",
+            remedy="install the server's client programs and set database.bin",
+        )
+
+
+def _note(run: Run, content: Mapping[str, Any]) -> None:
+    attempt = current_attempt()
+    number = attempt.number if attempt is not None else 0
+    write_atomically(_scratch(run) / "dump-inventory.json", canonical_json({"attempt": number, **content}), mode=0o600)
+
+
+def _adopt_dump(run: Run, part: Path, final: Path, source: Mapping[str, Any], taken_at: str) -> StepResult:
+    if part.stat().st_size == 0:
+        raise StepFailedError(f"pg_dump wrote nothing into {part}", remedy="look at its log, then resume")
+    _sync(part)
+    kept = run.keep("backup/inventory.json", canonical_json({"taken_at": taken_at, **source}))
+    result = StepResult(
+        facts={
+            "file": str(final),
+            "bytes": part.stat().st_size,
+            "sha256": sha256_file(part),
+            "tables": len(source["tables"]),
+            "rows": inventory.rows(source),
+            "taken at": taken_at,
+            "loss window": f"a restore loses what is written after {taken_at}",
+        },
+        artifacts=(kept,),
+    )
+    _finish(run, part, final, result)
+    return result
+
+
+@step(
+    "Validate the backup: read it, restore it, compare it",
+    recovery=Recovery.PROBE,
+    owner="DBA",
+    timeout_s=7200.0,
+    expected_s=6.0,
+    way_back="the scratch database is dropped by the step itself",
+)
+def validate_backup(run: Run) -> StepResult:
+    """A listing proves nothing: the dump is restored and compared table by table, the archives file by file."""
+    source = _inventory(run)
+    report: dict[str, Any] = {
+        "dump": restore.prove_dump(
+            dump_path(run),
+            source,
+            scratch=scratch_database(run),
+            shell=run.services.shell,
+            timeout_s=run.params.backup.timeout_s,
+        ),
+        "archives": {},
+    }
+    problems = list(report["dump"]["differences"])
+    for host in _hosts(run):
+        listed = json.loads((run.folder / "artifacts" / f"backup/files-{host}.json").read_bytes())["files"]
+        found = _contents(archive_path(run, host))
+        wrong = sorted(name for name in {*listed, *found} if listed.get(name) != found.get(name))
+        report["archives"][host] = {"files": len(found), "wrong": wrong}
+        problems += [f"{host}: {name} is not what was archived" for name in wrong]
+    kept = run.keep("backup/restore_report.json", json.dumps(report, indent=1) + "\n")
+    same = sum(1 for table in report["dump"]["tables"] if table["same"])
+    facts = {
+        "tables equal": f"{same} of {len(report['dump']['tables'])}",
+        "rows compared": inventory.rows(source),
+        "files compared": sum(archive["files"] for archive in report["archives"].values()),
+        "restore took": f"{report['dump']['restore_s']:.1f} s",
+        "differences": problems[:_MOST_SHOWN],
+    }
+    if problems:
+        error = StepFailedError(
+            f"the backup is not its source: {'; '.join(problems[:3])} ({len(problems)} differences)",
+            remedy="do not deploy: abort this run, find out why, open a new one",
+        )
+        error.result = StepResult(facts=facts, artifacts=(kept,), verdict="red")
+        raise error
+    return StepResult(facts=facts, artifacts=(kept,))
+
+
+@validate_backup.probe
+def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
+    # What a killed proof leaves is its scratch database; a proof is whole or it is made again.
+    scratch_database(run).drop()
+    return None
+
+
+@validate_backup.plan
+def _(run: Run) -> list[tuple[str, ...]]:
+    params, path, limit = run.params.database, dump_path(run), run.params.backup.timeout_s
+    name = scratch_database(run).name
+    return [
+        postgres.list_contents(path).argv,
+        postgres.read_through(path, timeout_s=limit).argv,
+        ("call", f"create database {name}"),
+        postgres.restore(_server(run), params.admin_role, name, path, timeout_s=limit).argv,
+        ("call", f"compare table by table, drop database {name}"),
+    ]
+
+
+def scratch_database(run: Run) -> restore.ScratchDatabase:
+    """The run's own database for restores, told apart by its name and its comment."""
+    name = f"{restore.SCRATCH_PREFIX}{sha256(run.run_id.encode())[:12]}"
+    return restore.ScratchDatabase(run.services.database, run.params.database, name, f"runbook {run.run_id}")
+
+
+@step(
+    "Copy the backup off site",
+    recovery=Recovery.PROBE,
+    owner="DevOps",
+    timeout_s=7200.0,
+    expected_s=5.0,
+    way_back="the copies are kept",
+)
+def replicate_off_site(run: Run) -> StepResult:
+    """Every archive and the inventory go to the store; each is downloaded again and hashed."""
+    for path, digest in _copies(run):
+        run.services.store.put(path, _remote_key(run, path), sha256=digest)
+    return _read_back(run)
+
+
+@replicate_off_site.probe
+def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
+    for path, digest in _copies(run):
+        stored = run.services.store.find(_remote_key(run, path))
+        if stored is None or stored.sha256 != digest:
+            return None
+    return _read_back(run)
+
+
+@replicate_off_site.plan
+def _(run: Run) -> list[tuple[str, ...]]:
+    store = run.params.backup.store
+    paths = [dump_path(run), *(archive_path(run, host) for host in _hosts(run)), Path("inventory.json")]
+    return [("call", f"put {path.name} to s3://{store.bucket}/{store.prefix}/{_remote_key(run, path)}") for path in paths]
+
+
+def _copies(run: Run) -> list[tuple[Path, str]]:
+    """Every file that goes off site, with the digest that its own step recorded."""
+    known = [(dump_path(run), _fact(run, dump_database.key(), "sha256"))]
+    known += [(archive_path(run, host), _fact(run, archive_host_files.key(host), "sha256")) for host in _hosts(run)]
+    path = run.folder / "artifacts" / "backup/inventory.json"
+    return [*known, (path, sha256_file(path))]
+
+
+def _remote_key(run: Run, path: Path) -> str:
+    return f"{run.run_id}/{path.name}"
+
+
+def _read_back(run: Run) -> StepResult:
+    copies = []
+    for path, digest in _copies(run):
+        stored = run.services.store.find(_remote_key(run, path))
+        if stored is None:
+            raise StepFailedError(f"{_remote_key(run, path)} is not in the store", remedy=f"runbook resume {run.run_id}")
+        found, size_bytes = run.services.store.read_back(stored)
+        if found != digest:
+            raise StepFailedError(
+                f"{stored.key} came back with sha256 {found}, expected {digest}",
+                remedy="do not trust the store: look at it before going on",
+            )
+        copies.append(
+            {"file": path.name, "key": stored.key, "version_id": stored.version_id, "sha256": found, "bytes": size_bytes}
+        )
+    kept = run.keep("backup/off_site.json", json.dumps(copies, indent=1) + "\n")
+    store = run.params.backup.store
+    facts = {
+        "store": f"s3://{store.bucket}/{store.prefix}/{run.run_id}/",
+        "files": len(copies),
+        "bytes": sum(int(copy["bytes"]) for copy in copies),
+        "read back": "every byte, sha256 equal",
+        "versions": {str(copy["file"]): copy["version_id"] for copy in copies},
+    }
+    return StepResult(facts=facts, artifacts=(kept,))
+
+
+@step(
+    "Compare the hashes: source, local, off site",
+    recovery=Recovery.REPEAT,  # reads, and writes the same manifest again
+    owner="Ops",
+    expected_s=2.0,
+)
+def compare_hashes(run: Run) -> StepResult:
+    """One manifest that names every file with its digests here and there, and what the database held."""
+    remote = {copy["file"]: copy for copy in json.loads((run.folder / "artifacts/backup/off_site.json").read_bytes())}
+    hosts = {archive_path(run, host).name: host for host in _hosts(run)}
+    entries, unequal = [], []
+    for path, source in _copies(run):
+        copy = remote.get(path.name, {})
+        local = sha256_file(path) if path.is_file() else "missing"
+        equal = source == local == copy.get("sha256")
+        if not equal:
+            unequal.append(f"{path.name}: source {source[:12]}, local {local[:12]}, off site {str(copy.get('sha256'))[:12]}")
+        entries.append(
+            {
+                "file": path.name,
+                "kind": "dump" if path == dump_path(run) else "files" if path.name in hosts else "inventory",
+                "host": hosts.get(path.name),
+                "bytes": path.stat().st_size if path.is_file() else 0,
+                "source_sha256": source,
+                "local": {"path": str(path), "sha256": local},
+                "remote": {name: copy.get(name) for name in ("key", "version_id", "sha256")},
+                "equal": equal,
+            }
+        )
+    manifest = {
+        "run": run.run_id,
+        "version": run.release.version,
+        "commit": run.release.commit,
+        "database": run.params.database.production,
+        "taken_at": _fact(run, dump_database.key(), "taken at"),
+        "files": entries,
+        "inventory": _inventory(run),
+    }
+    kept = run.keep("backup/manifest.json", json.dumps(manifest, indent=1) + "\n")
+    age_s = _age_s(str(manifest["taken_at"]))
+    facts = {
+        "equal": f"{len(entries) - len(unequal)} of {len(entries)} files: source = local = off site",
+        "age": f"{age_s:.0f} s, at most {run.params.backup.max_age_s:.0f} s",
+        "sha256": {str(entry["file"]): entry["source_sha256"] for entry in entries},
+        "unequal": unequal,
+    }
+    if unequal or age_s > run.params.backup.max_age_s:
+        why = "; ".join(unequal) or f"the dump is {age_s:.0f} s old, at most {run.params.backup.max_age_s:.0f} s count"
+        error = StepFailedError(f"the backup does not stand: {why}", remedy="abort this run and open a new one")
+        error.result = StepResult(facts=facts, artifacts=(kept,), verdict="red")
+        raise error
+    return StepResult(facts=facts, artifacts=(kept,))
+
+
+@compare_hashes.plan
+def _(run: Run) -> list[tuple[str, ...]]:
+    return [("call", f"sha256 of {path.name}") for path in (dump_path(run), *(archive_path(run, h) for h in _hosts(run)))]
+
+
+def _age_s(taken_at: str) -> float:
+    return (datetime.now(UTC) - datetime.fromisoformat(taken_at)).total_seconds()
+
+
+def _inventory(run: Run) -> dict[str, Any]:
+    return dict(json.loads((run.folder / "artifacts/backup/inventory.json").read_bytes()))
+
+
+def _fact(run: Run, key: str, name: str) -> Any:
+    value = run.state.fact(key, name)
+    if value is None:
+        raise StepFailedError(f"{key} recorded no {name}", remedy=f"runbook status {run.run_id}")
+    return value
+
+
+def _scratch(run: Run) -> Path:
+    folder = run.scratch / "backup"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _part(final: Path) -> Path:
+    return final.with_name(final.name + ".part")
+
+
+def _proof(run: Run, final: Path) -> Path:
+    return _scratch(run) / f"{final.name}.json"
+
+
+def _fresh_part(final: Path) -> Path:
+    """An empty file for the backup, readable by nobody else.
+
+    What a killed attempt of this run left under the scratch name is removed: nothing of it still runs.
+    """
+    part = _part(final)
+    part.unlink(missing_ok=True)
+    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    return part
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _finish(run: Run, part: Path, final: Path, result: StepResult) -> None:
+    """Give the backup its name: the last effect, so that the name alone says that it is whole and verified."""
+    write_atomically(_proof(run, final), canonical_json(result.as_json()), mode=0o600)
+    final.hardlink_to(part)  # unlike a rename it never replaces
+    part.unlink()
+    sync_folder(final.parent)
+
+
+def _finished(run: Run, final: Path) -> StepResult | None:
+    """The result of a backup that a killed process finished; None when its name is not there.
+
+    Raises:
+        StepInDoubtError: the name is there and what lies under it is not what was verified.
+    """
+    if not final.exists():
+        return None
+    proof = _proof(run, final)
+    result = StepResult.from_json(json.loads(proof.read_bytes())) if proof.exists() else None
+    if result is None or sha256_file(final) != result.facts["sha256"]:
+        raise StepInDoubtError(f"{final} is there and is not what this run verified", remedy="compare it by hand")
+    _part(final).unlink(missing_ok=True)
+    return result
+
+
+sign_off = gate_step(
+    "backup",
+    evidence=(recheck_preparation, archive_host_files, dump_database, validate_backup, replicate_off_site, compare_hashes),
+)
+
+STEPS = (
+    recheck_preparation,
+    archive_host_files,
+    dump_database,
+    validate_backup,
+    replicate_off_site,
+    compare_hashes,
+    sign_off,
+)

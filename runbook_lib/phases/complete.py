@@ -1,0 +1,281 @@
+"""Phase 7: open to all users, tell everybody, and leave nothing frozen.
+
+Users have the release from the first step on: of the words that follow none can fail the run, let alone roll it
+back. What could not be delivered is shown and tried again by the review.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from runbook_lib import maintenance, outward
+from runbook_lib.errors import StepFailedError
+from runbook_lib.ledger import utc_now
+from runbook_lib.model import Recovery, StepResult
+from runbook_lib.run import Run
+from runbook_lib.smoke import run_smoke
+from runbook_lib.step import step
+
+_MOST_CHANGES = 30
+
+
+@step(
+    "Lift maintenance: open to all users",
+    recovery=Recovery.PROBE,
+    owner="Ops",
+    timeout_s=600.0,
+    expected_s=4.0,
+    way_back="maintenance on again",
+)
+def lift_maintenance(run: Run) -> StepResult:
+    """The front door takes writes again, proved from outside."""
+    if not maintenance.is_on(run):
+        maintenance.prove_open(run)
+        return StepResult(facts={"maintenance": "was off already: lifted before the watch", "front door": "open"})
+    maintenance.turn_off(run)
+    maintenance.prove_open(run)
+    return StepResult(facts={"maintenance": "off", "front door": "open"})
+
+
+@lift_maintenance.probe
+def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
+    if maintenance.is_on(run):
+        return None
+    maintenance.prove_open(run)
+    return StepResult(facts={"maintenance": "off", "front door": "open"})
+
+
+@lift_maintenance.plan
+def _(run: Run) -> list[tuple[str, ...]]:
+    return [("call", "maintenance off on every host"), ("call", "a write through the front door is taken")]
+
+
+@step(
+    "Smoke tests again, as any user",
+    recovery=Recovery.PROBE,
+    owner="QA",
+    timeout_s=600.0,
+    expected_s=5.0,
+    way_back="red: maintenance on again",
+)
+def smoke_after_lifting(run: Run) -> StepResult:
+    """Without the bypass: what a user meets. Red closes the door again and fails the run."""
+    if maintenance.is_on(run):
+        maintenance.turn_off(run)  # a red attempt before this one closed the door
+    try:
+        result = run_smoke(run, run.release.commit, bypass=False, name="after-lifting")
+    except StepFailedError as error:
+        maintenance.turn_on(run)
+        error.message += "; maintenance is on again"
+        raise
+    if result.verdict != "green":
+        maintenance.turn_on(run)
+        failed = StepFailedError(
+            "smoke tests are red for users; maintenance is on again",
+            remedy=f"runbook resume {run.run_id} opens and tests again, runbook rollback {run.run_id} goes back",
+        )
+        failed.result = result
+        raise failed
+    return result
+
+
+@smoke_after_lifting.probe
+def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
+    return None  # tests prove only what they saw to the end; one test order more does no harm
+
+
+@smoke_after_lifting.plan
+def _(run: Run) -> list[tuple[str, ...]]:
+    return [("call", f"pytest tests/smoke --base-url {run.params.application.url}, without the bypass")]
+
+
+@step("Notify the team", recovery=Recovery.PROBE, owner="Lead", way_back="said again when it changes")
+def notify_team(run: Run) -> StepResult:
+    """In the deployments channel, with the changes."""
+    return StepResult(facts=outward.post(run, run.params.messages.deployments, _success(run), what="success"))
+
+
+@notify_team.probe
+def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
+    found = outward.found_post(run, run.params.messages.deployments, _success(run), what="success")
+    return None if found is None else StepResult(facts=found)
+
+
+@notify_team.plan
+def _(run: Run) -> list[tuple[str, ...]]:
+    return [("call", f"post in {run.params.messages.deployments}: {run.release.version} is deployed")]
+
+
+def changes(run: Run) -> list[str]:
+    """Subjects of the commits that this release brings, as phase 0 recorded them."""
+    return [str(subject) for subject in run.state.fact("prepare.confirm_candidate", "changes") or []]
+
+
+def _listed(run: Run) -> str:
+    return "\n".join(f"- {subject}" for subject in changes(run)[:_MOST_CHANGES]) or "- no changes"
+
+
+def _success(run: Run) -> str:
+    return (
+        f"✅ {run.release.version} successfully deployed to {run.release.environment}; all checks green. "
+        f"See changelog below.\n{_listed(run)}"
+    )
+
+
+@step("Lift the merge freeze", recovery=Recovery.PROBE, owner="Lead", way_back="freeze again")
+def lift_freeze(run: Run) -> StepResult:
+    """Before the changelog: that one is merged too."""
+    return StepResult(facts=outward.deliver(run, lambda: _lift(run)))
+
+
+@lift_freeze.probe
+def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
+    return None if run.services.repository.frozen_by() == run.run_id else StepResult(facts={"merges": "open"})
+
+
+@lift_freeze.plan
+def _(run: Run) -> list[tuple[str, ...]]:
+    return [("call", f"lift the freeze of {run.params.repository.url}")]
+
+
+def _lift(run: Run) -> dict[str, Any]:
+    run.services.repository.lift_freeze(run.run_id)
+    if run.services.repository.frozen_by() == run.run_id:
+        raise StepFailedError("the freeze still stands although it was lifted", remedy="lift it by hand")
+    return {"merges": "open"}
+
+
+@step("Update the changelog", recovery=Recovery.PROBE, owner="Dev", expected_s=1.0, way_back="revert the commit")
+def update_changelog(run: Run) -> StepResult:
+    """One entry on top, pushed to the release branch."""
+    return StepResult(facts=outward.deliver(run, lambda: _changelog(run)))
+
+
+@update_changelog.probe
+def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
+    commit = run.services.repository.find_changelog(branch=run.params.repository.branch, key=run.key("changelog"))
+    return None if commit is None else StepResult(facts=_changelog_facts(run, commit))
+
+
+@update_changelog.plan
+def _(run: Run) -> list[tuple[str, ...]]:
+    return [("call", f"commit to {run.params.repository.changelog} on {run.params.repository.branch}, push")]
+
+
+def _changelog(run: Run) -> dict[str, Any]:
+    repository = run.params.repository
+    # The day of the window, not of this call: a repeated call must say the same.
+    day = run.state.opened_time[:10]
+    entry = f"## {run.release.version} - released to {run.release.environment} {day}\n{_listed(run)}"
+    commit = run.services.repository.add_changelog(
+        entry, path=repository.changelog, branch=repository.branch, key=run.key("changelog")
+    )
+    return _changelog_facts(run, commit)
+
+
+def _changelog_facts(run: Run, commit: str) -> dict[str, Any]:
+    return {"file": run.params.repository.changelog, "branch": run.params.repository.branch, "commit": commit}
+
+
+@step("Publish the run-book and the API docs", recovery=Recovery.PROBE, owner="Dev", way_back="publish the former text")
+def publish_pages(run: Run) -> StepResult:
+    """Two pages: how this release was done, and what the application offers now."""
+    return StepResult(facts=outward.deliver(run, lambda: _publish(run)))
+
+
+@publish_pages.probe
+def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
+    found = {title: run.services.pages.find(run.key(what)) for what, (title, _) in _pages(run).items()}
+    return StepResult(facts=found) if all(found.values()) else None
+
+
+@publish_pages.plan
+def _(run: Run) -> list[tuple[str, ...]]:
+    return [("call", f"publish {what} of {run.release.version}") for what in ("page-runbook", "page-api")]
+
+
+def _publish(run: Run) -> dict[str, Any]:
+    return {
+        title: run.services.pages.publish(title, body, key=run.key(what)) for what, (title, body) in _pages(run).items()
+    }
+
+
+def _pages(run: Run) -> dict[str, tuple[str, str]]:
+    name, release = run.params.application.name, run.release
+    listed = "".join(f"<li>{html.escape(subject)}</li>" for subject in changes(run))
+    steps = "".join(
+        f"<tr><td>{html.escape(key)}</td><td>{html.escape(state.result.title)}</td><td>{state.duration_s:.1f} s</td></tr>"
+        for key, state in run.state.steps.items()
+        if state.result is not None and not key.startswith("complete.")
+    )
+    book = (
+        f"<p>{html.escape(name)} {html.escape(release.version)} (<code>{release.commit}</code>) was released to "
+        f"{html.escape(release.environment)} by run <code>{html.escape(run.run_id)}</code>; before it ran "
+        f"{html.escape(release.previous_version)}.</p><h2>Changes</h2><ul>{listed}</ul>"
+        f"<h2>Steps</h2><table>{steps}</table>"
+    )
+    api = (
+        f"<p>Production Release {html.escape(release.version)}, <code>{release.commit}</code>.</p>"
+        f"<pre>{html.escape(_readme(run))}</pre>"
+    )
+    return {
+        "page-runbook": (f"Run-book: {name} {release.version}", book),
+        "page-api": (f"Production Release {release.version}: API", api),
+    }
+
+
+def _readme(run: Run) -> str:
+    for name in ("docs/API.md", "API.md", "README.md"):
+        path = Path(run.tree(run.release.commit)) / name
+        if path.is_file():
+            return path.read_text(errors="replace")
+    return "This release carries no API text."
+
+
+@step("Close the release ticket", recovery=Recovery.PROBE, owner="Lead", way_back="reopen it")
+def close_ticket(run: Run) -> StepResult:
+    """Release notes, moved to Done."""
+    return StepResult(facts=outward.deliver(run, lambda: _ticket(run)))
+
+
+@close_ticket.probe
+def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
+    address = run.services.tickets.find(run.key("ticket"))
+    return None if address is None else StepResult(facts=_ticket_facts(run, address))
+
+
+@close_ticket.plan
+def _(run: Run) -> list[tuple[str, ...]]:
+    return [("call", f"ticket Release notes {run.release.version} to Done")]
+
+
+def _ticket(run: Run) -> dict[str, Any]:
+    body = f"{run.release.version} ({run.release.commit}), run {run.run_id}, {utc_now()[:10]}\n\n{_listed(run)}"
+    address = run.services.tickets.close_new(f"Release notes {run.release.version}", body, key=run.key("ticket"))
+    return _ticket_facts(run, address)
+
+
+def _ticket_facts(run: Run, address: str) -> dict[str, Any]:
+    return {"ticket": f"Release notes {run.release.version}", "status": "Done", "address": address}
+
+
+# What the review tries again when it could not be delivered.
+AGAIN: Mapping[str, Callable[[Run], dict[str, Any]]] = {
+    "complete.lift_freeze": _lift,
+    "complete.update_changelog": _changelog,
+    "complete.publish_pages": _publish,
+    "complete.close_ticket": _ticket,
+}
+
+STEPS = (
+    lift_maintenance,
+    smoke_after_lifting,
+    notify_team,
+    lift_freeze,
+    update_changelog,
+    publish_pages,
+    close_ticket,
+)

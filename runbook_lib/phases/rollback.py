@@ -1,0 +1,293 @@
+"""Phase 6, rollback: what was changed is undone in reverse order, as the ledger has it, and proved.
+
+Without a request (`runbook rollback RUN`, or a failed gate where the params say so) only the way back is shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import wraps
+
+from runbook_lib import maintenance, migration
+from runbook_lib.adapters import http
+from runbook_lib.errors import StepFailedError
+from runbook_lib.model import Recovery, Status, StepResult
+from runbook_lib.phases import deploy
+from runbook_lib.run import Run
+from runbook_lib.smoke import run_smoke
+from runbook_lib.step import Step, step
+
+_NOT_ASKED = {"nothing was done": "no rollback is requested: runbook rollback RUN asks for it"}
+
+
+class _Asked(Step):
+    """A step that acts only when a rollback was asked for; else it says so and leaves no trace."""
+
+    def __call__(self, run: Run) -> StepResult:
+        if run.state.rollback is None:
+            return StepResult(facts=_NOT_ASKED, title=self.title, status="not requested")
+        return Step.__call__(self, run)
+
+
+def _undo(title: str, **options: object) -> Callable[[Callable[..., StepResult]], Step]:
+    made = step(title, **options)  # type: ignore[arg-type]
+
+    @wraps(made)
+    def asked(action: Callable[..., StepResult]) -> Step:
+        plain = made(action)
+        return _Asked(**{name: getattr(plain, name) for name in plain.__dataclass_fields__})
+
+    return asked
+
+
+def touched(run: Run, key: str) -> bool:
+    """True when a step was ever started and not settled as not applied: its effect may be there."""
+    return run.state.step(key).status is not Status.PENDING
+
+
+def touched_hosts(run: Run) -> list[str]:
+    """Hosts whose deployment was started, last one first."""
+    return [host for host in reversed(tuple(run.params.all_hosts)) if touched(run, f"deploy.deploy_release@{host}")]
+
+
+def schema_difference(run: Run) -> list[str]:
+    """Versions that production has and had not before this release, newest first; never the previous release's."""
+    before = run.state.fact("migrate.record_schema", "versions")
+    if before is None or not touched(run, "migrate.migrate_production"):
+        return []
+    return [v for v in reversed(migration.applied_versions(run, run.params.database.production)) if v not in before]
+
+
+def what_changed(run: Run) -> list[str]:
+    """Everything that the ledger says this run changed outside its own folder, newest first, with what undoes it."""
+    found = []
+    if touched(run, "complete.lift_maintenance"):
+        found.append("users were let in → read-only mode on again while going back")
+    hosts = touched_hosts(run)
+    if hosts:
+        found.append(f"code on {', '.join(hosts)} → deploy {run.release.previous_version} there")
+    schema = schema_difference(run)
+    if schema:
+        found.append(f"schema of {run.params.database.production}: {', '.join(schema)} → undo each, newest first")
+    if touched(run, "begin.fence_writes") and not run.state.green("deploy.lift_write_fence"):
+        found.append("write fence in the database → lifted")
+    if touched(run, "begin.enable_maintenance"):
+        found.append("read-only mode → off")
+    if touched(run, "prepare.freeze_merges"):
+        found.append("merge freeze → lifted")
+    return found
+
+
+@step("Show the way back", recovery=Recovery.REPEAT, owner="Lead", expected_s=0.2)
+def _show(run: Run) -> StepResult:
+    """List what this run changed and what undoes it, read from the ledger and from the targets; changes nothing."""
+    return _way_back(run)
+
+
+class _Shown(Step):
+    """Shows at any time; is recorded only as part of a rollback that was asked for."""
+
+    def __call__(self, run: Run) -> StepResult:
+        return Step.__call__(self, run) if run.state.rollback is not None else _way_back(run)
+
+
+def _way_back(run: Run) -> StepResult:
+    changed = what_changed(run)
+    facts = {str(number): line for number, line in enumerate(changed, 1)} or {"to undo": "nothing outside the run's folder"}
+    if run.state.rollback is None:
+        return StepResult(facts=facts, title="The way back, if it were asked for now", status="shown only")
+    return StepResult(facts=facts, artifacts=(run.keep("rollback/way_back.json", json.dumps(changed, indent=1)),))
+
+
+show_way_back = _Shown(**{name: getattr(_show, name) for name in _show.__dataclass_fields__})
+show_way_back.name = "show_way_back"
+
+
+@_undo("Announce the rollback", recovery=Recovery.PROBE, owner="Lead", expected_s=0.2)
+def announce_rollback(run: Run) -> StepResult:
+    """Tell the deployments channel that the release goes back, and why.
+
+    It worked when the message's address is shown. A second run posts nothing.
+    """
+    release, reason = run.release, (run.state.rollback or {}).get("reason", "")
+    text = f"Rolling {release.environment} back from {release.version} to {release.previous_version}: {reason}"
+    address = run.services.chat.post(run.params.messages.deployments, text[:3000], key=run.key("announce_rollback"))
+    return StepResult(facts={"message": text, "address": address})
+
+
+@announce_rollback.probe
+def _rollback_announced(run: Run, intent: object) -> StepResult | None:
+    address = run.services.chat.find(run.key("announce_rollback"))
+    return None if address is None else StepResult(facts={"address": address})
+
+
+@_undo("Refuse writes while going back", recovery=Recovery.REPEAT, owner="Ops", expected_s=4.0)
+def close_for_users(run: Run) -> StepResult:
+    """Where users were let in already, read-only mode goes on again before code and schema change under them.
+
+    It sets a state: a second run changes nothing.
+    """
+    let_in = touched(run, "complete.lift_maintenance") or (
+        run.params.maintenance.lift == "before_watch" and touched(run, "verify.open_for_users")
+    )
+    if not let_in or not (touched_hosts(run) or schema_difference(run)):
+        return StepResult(facts={"read-only mode": "as it is"})
+    maintenance.turn_on(run)
+    return StepResult(facts=maintenance.prove_read_only(run))
+
+
+@_undo("Put the previous code back", recovery=Recovery.REPEAT, owner="DevOps", timeout_s=1800.0, expected_s=24.0)
+def restore_code(run: Run) -> StepResult:
+    """Deploy the previous commit to every host that was touched, last one first, drained like on the way here.
+
+    It worked when each host serves the previous commit. The playbook looks before it acts: a second run changes only
+    what is missing.
+    """
+    done = {}
+    for host in touched_hosts(run):
+        result = deploy.found_on(run, host, run.release.previous_commit)
+        done[host] = (result or deploy.deploy_to(run, host, run.release.previous_commit, name="back")).facts["commit"]
+    return StepResult(facts=done or {"code": "was not touched"})
+
+
+@_undo("Put the previous schema back", recovery=Recovery.REPEAT, owner="DBA", timeout_s=1800.0, expected_s=2.0)
+def restore_schema(run: Run) -> StepResult:
+    """Undo exactly the migrations that this release applied, newest first; never one of the previous release's.
+
+    It worked when schema_migrations is what was recorded before. Each undo looks at the newest row first, so a second
+    run goes on where the first stopped. A dump is never restored from here.
+    """
+    before = run.state.fact("migrate.record_schema", "versions")
+    undone = []
+    for version in schema_difference(run):
+        migration.undo(run, version)
+        undone.append(version)
+    if before is not None:
+        now = migration.applied_versions(run, run.params.database.production)
+        if now != before:
+            raise StepFailedError(f"the schema is {now}, it was {before}", remedy="let a DBA look; nothing else was touched")
+    return StepResult(facts={"undone now, newest first": undone, "schema": "as before" if before else "was not touched"})
+
+
+@_undo("Lift the write fence and the read-only mode", recovery=Recovery.REPEAT, owner="Ops", expected_s=5.0)
+def lift_fence_and_maintenance(run: Run) -> StepResult:
+    """Let the application write and users in again. It sets a state: a second run changes nothing."""
+    facts: dict[str, object] = {}
+    if touched(run, "begin.fence_writes"):
+        facts["sessions ended"] = maintenance.lift_fence(run)
+    if touched(run, "begin.enable_maintenance"):
+        maintenance.turn_off(run)
+        facts.update(maintenance.prove_open(run))
+    return StepResult(facts=facts or {"maintenance": "was never on"})
+
+
+@_undo("Prove that everything is as before", recovery=Recovery.REPEAT, owner="On-call", expected_s=1.0)
+def prove_previous(run: Run) -> StepResult:
+    """Ask every host for its commit, the database for its schema and fence, the front door for a write.
+
+    It worked when all answer as before the release. Looking changes nothing.
+    """
+    commit = run.release.previous_commit
+    said = {host: deploy.serving(run, host) for host, params in run.params.all_hosts.items() if params.url is not None}
+    said["front door"] = str(http.get_json(run.params.application.url + run.params.application.version_path)["commit"])
+    wrong = {where: found for where, found in said.items() if found != commit}
+    if wrong:
+        raise StepFailedError(f"not everything serves {commit[:12]} again: {wrong}", remedy="deploy those hosts by hand")
+    if maintenance.is_fenced(run):
+        raise StepFailedError("the write fence is still in the database", remedy="ALTER ROLE … RESET default_transaction_read_only")
+    return StepResult(facts={"commit": commit, "served by": list(said), **maintenance.prove_open(run)})
+
+
+@_undo("Run the previous release's smoke tests", recovery=Recovery.REPEAT, owner="QA", expected_s=3.0)
+def smoke_tests_again(run: Run) -> StepResult:
+    """The new release's tests would fail on the old code: the previous one's own tests run, as any user.
+
+    It worked when every test passed. They place test orders of their own.
+    """
+    return run_smoke(run, run.release.previous_commit, bypass=False, name="smoke-after-rollback")
+
+
+@_undo("Lift the merge freeze", recovery=Recovery.REPEAT, owner="Dev", expected_s=0.2)
+def lift_freeze(run: Run) -> StepResult:
+    """The fix must be mergeable. Another run's freeze is left alone, so a second run changes nothing."""
+    run.services.repository.lift_freeze(run.run_id)
+    return StepResult(facts={"frozen by": run.services.repository.frozen_by() or "nobody"})
+
+
+@_undo("Write the incident note", recovery=Recovery.PROBE, owner="On-call", expected_s=0.3)
+def incident_note(run: Run) -> StepResult:
+    """Post to the incidents channel what failed, when, on what evidence, with a draft of the root cause.
+
+    It worked when the note's address is shown. A second run posts nothing.
+    """
+    note = _note(run)
+    artifact = run.keep("rollback/incident.md", note)
+    address = run.services.chat.post(run.params.messages.incidents, note, key=run.key("incident"))
+    return StepResult(facts={"channel": run.params.messages.incidents, "address": address}, artifacts=(artifact,))
+
+
+@incident_note.probe
+def _noted(run: Run, intent: object) -> StepResult | None:
+    address = run.services.chat.find(run.key("incident"))
+    if address is None:
+        return None
+    return StepResult(facts={"address": address}, artifacts=(run.describe(run.artifact_path("rollback/incident.md")),))
+
+
+def _note(run: Run) -> str:
+    state, release = run.state, run.release
+    asked = state.rollback or {}
+    lines = [
+        f"# Incident: {release.version} rolled back on {release.environment}",
+        "",
+        f"Run {run.run_id}, commit {release.commit}. Back to {release.previous_version} ({release.previous_commit}).",
+        f"Why: {asked.get('reason', '')}",
+        "",
+        "## What failed, and when",
+    ]
+    for key, now in state.steps.items():
+        result = now.result
+        if now.status is Status.FAILED or (result is not None and result.verdict != "green"):
+            lines.append(f"- {now.time} {key}: {now.error or (result.verdict if result else '')}")
+            for name, value in (result.facts if result else {}).items():
+                lines.append(f"  - {name}: {value}")
+            lines += [f"  - evidence {a.path} sha256 {a.sha256}" for a in (result.artifacts if result else ())]
+    for name, gate in state.gates.items():
+        lines += [f"- gate {name}: {d['decision']} by {d['person']}: {d['comment']}" for d in gate.decisions]
+    subjects = run.services.repository.log(release.previous_commit, release.commit)
+    lines += ["", "## Root cause (draft, to be confirmed by a person)", "", _draft(run), "", "Changes in this release:"]
+    lines += [f"- {subject}" for subject in subjects]
+    lines += ["", "## Timeline"]
+    lines += [f"- {now.intent_time} → {now.time} {key}: {now.status.value}" for key, now in state.steps.items() if now.intent_time]
+    lines += ["", "## What stays", "", "- the backup and its off-site copies, the calendar's entry, the messages that were sent"]
+    return "\n".join(lines) + "\n"
+
+
+def _draft(run: Run) -> str:
+    logs = run.state.step("verify.scan_logs").result
+    seen = run.state.step("verify.watch_telemetry").result
+    said = []
+    if seen is not None and seen.verdict == "red":
+        said.append("The telemetry went red after the deployment and was not before it.")
+    if logs is not None and logs.facts.get("new error signatures"):
+        new = [f"{text.removeprefix('new: ')} ({count}×)" for text, count in logs.facts.items() if text.startswith("new: ")]
+        said.append("The logs say what they did not say before: " + "; ".join(new))
+    failed = [key for key, now in run.state.steps.items() if now.status is Status.FAILED]
+    if failed:
+        said.append(f"The first step that failed was {failed[0]}.")
+    return " ".join(said) or "Nothing measured points to a cause; a person decided."
+
+
+STEPS = (
+    show_way_back,
+    announce_rollback,
+    close_for_users,
+    restore_code,
+    restore_schema,
+    lift_fence_and_maintenance,
+    prove_previous,
+    smoke_tests_again,
+    lift_freeze,
+    incident_note,
+)

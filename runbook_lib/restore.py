@@ -1,0 +1,154 @@
+"""Proof of a dump: read it to its last byte, restore it into a database of its own, compare it with its source."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import IsolationLevel, sql
+
+from runbook_lib.adapters import inventory
+from runbook_lib.adapters.database import Database
+from runbook_lib.commands import postgres
+from runbook_lib.errors import StepFailedError
+from runbook_lib.params import Database as DatabaseParams
+from runbook_lib.ports import Shell
+
+SCRATCH_PREFIX = "runbook_scratch_"
+
+
+@dataclass(frozen=True, slots=True)
+class ScratchDatabase:
+    """A database that exists for one proof and is told apart by its name and its comment.
+
+    Args:
+        name: begins with `SCRATCH_PREFIX`.
+        mark: written as the database's comment; one with another comment is never touched.
+    """
+
+    database: Database
+    params: DatabaseParams
+    name: str
+    mark: str
+
+    def drop(self) -> bool:
+        """Drop it when it is there and ours; True when it was.
+
+        Raises:
+            StepFailedError: a database of that name carries somebody else's comment.
+        """
+        with self._admin() as connection:
+            found = connection.execute(
+                "SELECT shobj_description(oid, 'pg_database') FROM pg_database WHERE datname = %s", (self.name,)
+            ).fetchone()
+            if found is None:
+                return False
+            # No comment yet: killed between the two statements of `create`; nobody else uses this name.
+            if found[0] not in (None, self.mark):
+                raise StepFailedError(
+                    f"database {self.name} belongs to {found[0]!r}", remedy="look at it, drop it by hand, then resume"
+                )
+            connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(self.name)))
+        return True
+
+    def create(self) -> None:
+        """Make it empty, with production's encoding, closed to everybody but its owner: it will hold real data."""
+        self.drop()
+        with self._admin() as connection:
+            row = connection.execute(
+                "SELECT pg_encoding_to_char(encoding), datcollate, datctype FROM pg_database WHERE datname = %s",
+                (self.params.production,),
+            ).fetchone()
+            if row is None:
+                raise StepFailedError(f"there is no database {self.params.production}", remedy="mend database.production")
+            name = sql.Identifier(self.name)
+            connection.execute(
+                sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING {} LC_COLLATE {} LC_CTYPE {}").format(
+                    name, *(sql.Literal(value) for value in row)
+                )
+            )
+            connection.execute(sql.SQL("COMMENT ON DATABASE {} IS {}").format(name, sql.Literal(self.mark)))
+            connection.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(name))
+
+    def inventory(self) -> dict[str, Any]:
+        """What it holds."""
+        with self.database.connect(self.params.admin_role, self.name, application="runbook: comparing a restore") as connection:
+            return consistent_inventory(connection)
+
+    def _admin(self) -> psycopg.Connection[Any]:
+        params = self.params
+        return self.database.connect(params.admin_role, params.maintenance, application="runbook: scratch restore")
+
+
+def consistent_inventory(connection: psycopg.Connection[Any]) -> dict[str, Any]:
+    """The inventory of one moment, in a transaction of its own."""
+    begin_snapshot(connection)
+    taken = inventory.take(connection)
+    connection.rollback()
+    return taken
+
+
+def begin_snapshot(connection: psycopg.Connection[Any]) -> None:
+    """Make an autocommit session comparable and let its next statement begin one read-only snapshot."""
+    inventory.prepare(connection)
+    connection.autocommit = False
+    connection.isolation_level = IsolationLevel.REPEATABLE_READ
+    connection.read_only = True
+
+
+def prove_dump(
+    dump_file: Path, source: Mapping[str, Any], *, scratch: ScratchDatabase, shell: Shell, timeout_s: float
+) -> dict[str, Any]:
+    """Restore a dump into the scratch database and compare it with the inventory of its source.
+
+    Args:
+        source: from `adapters.inventory.take`, of the dump's own snapshot.
+        timeout_s: for reading and for restoring, each, in seconds.
+
+    Returns:
+        JSON: `equal`, `differences`, `tables` (table, rows, restored_rows, same), `read_s`, `restore_s`, `entries`.
+
+    Raises:
+        StepFailedError: the dump is empty, cannot be read to its end or cannot be restored.
+
+    Side effect: the scratch database is made, and dropped whatever happens.
+    """
+    if not dump_file.is_file() or dump_file.stat().st_size == 0:
+        raise StepFailedError(f"{dump_file} is missing or empty", remedy="dump again")
+    listing = shell.run(postgres.list_contents(dump_file), name="pg_restore-list").output
+    read = shell.run(postgres.read_through(dump_file, timeout_s=timeout_s), name="pg_restore-read")
+    params = scratch.params
+    server = postgres.Server(params.host, params.port, params.passfile)
+    started = time.monotonic()
+    try:
+        scratch.create()
+        shell.run(
+            postgres.restore(server, params.admin_role, scratch.name, dump_file, timeout_s=timeout_s),
+            name="pg_restore",
+        )
+        restore_s = time.monotonic() - started
+        restored = scratch.inventory()
+    finally:
+        scratch.drop()
+    found = inventory.differences(source, restored)
+    tables = [
+        {
+            "table": name,
+            "rows": was["rows"],
+            "restored_rows": restored["tables"].get(name, {}).get("rows"),
+            "same": restored["tables"].get(name) == was,
+        }
+        for name, was in source["tables"].items()
+    ]
+    return {
+        "equal": not found,
+        "differences": found,
+        "tables": tables,
+        "entries": postgres.tables_listed(listing),
+        "read_s": round(read.duration_s, 3),
+        "restore_s": round(restore_s, 3),
+    }
