@@ -93,7 +93,7 @@ def write_inventory(folder: Path, settings: Settings) -> None:
         for action in ("restart", "stop", "start", "status"):
             facts[f"{action}_command"] = control_argv(folder, action, name)
         if name in WEB:
-            facts |= {"port": settings.ports[name], "url": f"http://127.0.0.1:{settings.ports[name]}"}
+            facts |= {"app_port": settings.ports[name], "url": f"http://127.0.0.1:{settings.ports[name]}"}
         return facts
 
     variables = {

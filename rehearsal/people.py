@@ -149,7 +149,7 @@ class Visit:
 
     def log_in(self) -> str:
         """Can a user log in?"""
-        return f"logged in as {self.browser.ask('/login', {'user': 'smoke', 'password': 'smoke'})['user']}"
+        return f"logged in as {self.browser.ask('/login', {'user': 'smoke', 'password': 'demo-smoke'})['user']}"
 
     def place_order(self) -> str:
         """Can a test order be placed?"""

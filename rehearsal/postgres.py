@@ -252,4 +252,4 @@ def seed_orders(server: Server, count: int) -> None:
             """,
             (count,),
         )
-        session.execute("ANALYZE")
+        session.execute("ANALYZE orders")

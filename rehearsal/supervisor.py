@@ -53,6 +53,7 @@ def configure(folder: Path, programs: Sequence[Program], port: int, password: st
         "pidfile": str(folder / "run" / "supervisord.pid"),
         "childlogdir": str(folder / "log"),
         "nodaemon": "true",
+        "silent": "true",
         "minfds": "200",
         # Said openly, since supervisord warns when it is root without having been told so.
         **({"user": "root"} if os.geteuid() == 0 else {}),

@@ -21,13 +21,14 @@ NAME = re.compile(r"[a-z][a-z0-9_-]{0,30}")
 _PLACEHOLDER = re.compile(r"\$\{([a-z][a-z0-9_.-]*)\}")
 _SECRET = re.compile(r"(env:[A-Za-z_][A-Za-z0-9_]*|file:\S+)")
 
-Name = Annotated[str, StringConstraints(pattern=rf"^{NAME.pattern}\Z")]
-Text = Annotated[str, StringConstraints(min_length=1, max_length=4000, pattern=r"^[^\x00]*\Z")]
-Line = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f]*\Z")]
-SecretRef = Annotated[str, StringConstraints(pattern=rf"^{_SECRET.pattern}\Z")]
-Url = Annotated[str, StringConstraints(pattern=r"^https?://[A-Za-z0-9.:\[\]_-]+(/[^\s]*)?\Z")]
+# pydantic matches in Rust, where `$` is the end of the text and nothing else.
+Name = Annotated[str, StringConstraints(pattern=rf"^{NAME.pattern}$")]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=4000, pattern=r"^[^\x00]*$")]
+Line = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f]*$")]
+SecretRef = Annotated[str, StringConstraints(pattern=rf"^{_SECRET.pattern}$")]
+Url = Annotated[str, StringConstraints(pattern=r"^https?://[A-Za-z0-9.:\[\]_-]+(/[^\s]*)?$")]
 Seconds = Annotated[float, Field(gt=0, le=7 * 86400)]
-Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,62}\Z")]
+Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,62}$")]
 
 
 def _address(value: str) -> str:
@@ -48,7 +49,7 @@ class _Strict(BaseModel):
 class Person(_Strict):
     name: Line
     roles: list[Name] = []
-    keys: list[Annotated[str, StringConstraints(pattern=r"^(ssh|sk-ssh|ecdsa)-\S+ [A-Za-z0-9+/=]+( [^\n]*)?\Z")]]
+    keys: list[Annotated[str, StringConstraints(pattern=r"^(ssh|sk-ssh|ecdsa)-\S+ [A-Za-z0-9+/=]+( [^\n]*)?$")]]
 
 
 class GateParams(_Strict):
@@ -124,7 +125,7 @@ class Migrations(_Strict):
 
 
 class ObjectStore(_Strict):
-    bucket: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{1,62}\Z")]
+    bucket: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{1,62}$")]
     prefix: Line = "runbook"
     endpoint: Url | None = None
     region: Word = "us-east-1"
@@ -184,13 +185,13 @@ class Maintenance(_Strict):
 
 
 class Messages(_Strict):
-    chat: Annotated[str, StringConstraints(pattern=r"^outbox:/\S+\Z")]
+    chat: Annotated[str, StringConstraints(pattern=r"^outbox:/\S+$")]
     deployments: Line = "#deployments"
     incidents: Line = "#incidents"
-    calendar: Annotated[str, StringConstraints(pattern=r"^folder:/\S+\Z")]
-    pages: Annotated[str, StringConstraints(pattern=r"^folder:/\S+\Z")]
-    tickets: Annotated[str, StringConstraints(pattern=r"^folder:/\S+\Z")]
-    tracker: Annotated[str, StringConstraints(pattern=r"^csv:/\S+\Z")]
+    calendar: Annotated[str, StringConstraints(pattern=r"^folder:/\S+$")]
+    pages: Annotated[str, StringConstraints(pattern=r"^folder:/\S+$")]
+    tickets: Annotated[str, StringConstraints(pattern=r"^folder:/\S+$")]
+    tracker: Annotated[str, StringConstraints(pattern=r"^csv:/\S+$")]
 
 
 class Record(_Strict):
@@ -228,7 +229,7 @@ class Params(_Strict):
     messages: Messages
     record: Record
     rollback: Rollback = Rollback()
-    ledger: Annotated[str, StringConstraints(pattern=r"^(sqlite|postgresql(\+psycopg)?)://\S*\Z")] | None = None
+    ledger: Annotated[str, StringConstraints(pattern=r"^(sqlite|postgresql(\+psycopg)?)://\S*$")] | None = None
     rehearsal: Rehearsal | None = None
 
     @model_validator(mode="after")

@@ -30,8 +30,13 @@ class Shell(Protocol):
 class Host(Protocol):
     """A machine of the application, or a folder that stands for one."""
 
-    name: str
-    home: str
+    @property
+    def name(self) -> str:
+        """Its name in the params file."""
+
+    @property
+    def home(self) -> str:
+        """The application's folder there."""
 
     def command(self, command: Command) -> Command:
         """The local command that runs `command` there, with `home` as its working folder."""

@@ -75,7 +75,7 @@ _STRUCTURE = {
 def prepare(connection: psycopg.Connection[Any]) -> None:
     """Put a session into the settings under which digests are comparable; outside a transaction block or in one."""
     for statement in _SETTINGS:
-        connection.execute(statement)  # type: ignore[arg-type]  # constants
+        connection.execute(statement)
 
 
 def take(connection: psycopg.Connection[Any]) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def take(connection: psycopg.Connection[Any]) -> dict[str, Any]:
         assert row is not None  # noqa: S101
         sequences[f"{schema}.{name}"] = {"last_value": str(row[0]), "is_called": row[1]}
     structure = {
-        kind: {name: digest(text or "")[:16] for name, text in connection.execute(query).fetchall()}  # type: ignore[arg-type]
+        kind: {name: digest(text or "")[:16] for name, text in connection.execute(query).fetchall()}
         for kind, query in _STRUCTURE.items()
     }
     objects = connection.execute("SELECT count(*) FROM pg_largeobject_metadata").fetchone()

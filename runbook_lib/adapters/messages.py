@@ -60,7 +60,7 @@ class FolderCalendar:
             attendee = vCalAddress(f"urn:runbook:person:{quote(person)}")
             attendee.params["CN"] = vText(person)
             attendee.params["RSVP"] = vText("TRUE")
-            event.add("attendee", attendee, encode=0)
+            event.add("attendee", attendee, encode=False)
         calendar = Calendar()
         calendar.add("prodid", "-//runbook//release window//EN")
         calendar.add("version", "2.0")

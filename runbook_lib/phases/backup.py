@@ -84,7 +84,7 @@ def _(run: Run) -> list[tuple[str, ...]]:
     way_back="the archive is kept",
     each=_hosts,
 )
-def archive_host_files(run: Run, host: str) -> StepResult:
+def archive_files(run: Run, host: str) -> StepResult:
     """Stream the host's files here as one archive and compare each with its source."""
     final = archive_path(run, host)
     finished = _finished(run, final)
@@ -125,12 +125,12 @@ def archive_host_files(run: Run, host: str) -> StepResult:
     return result
 
 
-@archive_host_files.probe
+@archive_files.probe
 def _(run: Run, host: str, intent: Mapping[str, Any]) -> StepResult | None:
     return _finished(run, archive_path(run, host))
 
 
-@archive_host_files.plan
+@archive_files.plan
 def _(run: Run) -> list[tuple[str, ...]]:
     shown: list[tuple[str, ...]] = []
     for host in _hosts(run):
@@ -383,7 +383,7 @@ def _(run: Run) -> list[tuple[str, ...]]:
 def _copies(run: Run) -> list[tuple[Path, str]]:
     """Every file that goes off site, with the digest that its own step recorded."""
     known = [(dump_path(run), _fact(run, dump_database.key(), "sha256"))]
-    known += [(archive_path(run, host), _fact(run, archive_host_files.key(host), "sha256")) for host in _hosts(run)]
+    known += [(archive_path(run, host), _fact(run, archive_files.key(host), "sha256")) for host in _hosts(run)]
     path = run.folder / "artifacts" / "backup/inventory.json"
     return [*known, (path, sha256_file(path))]
 
@@ -393,7 +393,7 @@ def _remote_key(run: Run, path: Path) -> str:
 
 
 def _read_back(run: Run) -> StepResult:
-    copies = []
+    copies: list[dict[str, Any]] = []
     for path, digest in _copies(run):
         stored = run.services.store.find(_remote_key(run, path))
         if stored is None:
@@ -412,9 +412,9 @@ def _read_back(run: Run) -> StepResult:
     facts = {
         "store": f"s3://{store.bucket}/{store.prefix}/{run.run_id}/",
         "files": len(copies),
-        "bytes": sum(int(copy["bytes"]) for copy in copies),
+        "bytes": sum(copy["bytes"] for copy in copies),
         "read back": "every byte, sha256 equal",
-        "versions": {str(copy["file"]): copy["version_id"] for copy in copies},
+        "versions": {copy["file"]: copy["version_id"] for copy in copies},
     }
     return StepResult(facts=facts, artifacts=(kept,))
 
@@ -549,12 +549,12 @@ def _finished(run: Run, final: Path) -> StepResult | None:
 
 sign_off = gate_step(
     "backup",
-    evidence=(recheck_preparation, archive_host_files, dump_database, validate_backup, replicate_off_site, compare_hashes),
+    evidence=(recheck_preparation, archive_files, dump_database, validate_backup, replicate_off_site, compare_hashes),
 )
 
 STEPS = (
     recheck_preparation,
-    archive_host_files,
+    archive_files,
     dump_database,
     validate_backup,
     replicate_off_site,
