@@ -430,7 +430,8 @@ def _rejected(run: Run, name: str, now: GateState) -> GateClosedError:
     )
 
 
-def _key(name: str) -> str:
+def step_key(name: str) -> str:
+    """The ledger key of the gate's step."""
     return {"backup": "backup", "migration": "migrate", "release": "verify"}[name] + ".sign_off"
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets as random
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -250,10 +251,11 @@ def _services(params: Params, secrets: Secrets, scratch: Path, folder: Path) -> 
         return attempt.folder if attempt is not None else folder / "logs" / "outside-steps"
 
     database = params.database
-    if database.bin:
+    # The tools beside this interpreter, and the database client that the params name, come first.
+    for folder in (str(Path(sys.executable).parent), database.bin):
         path = os.environ.get("PATH", "")
-        if database.bin not in path.split(os.pathsep):
-            os.environ["PATH"] = f"{database.bin}{os.pathsep}{path}"
+        if folder and folder not in path.split(os.pathsep):
+            os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
     store = params.backup.store
     messages = params.messages
     return Services(
