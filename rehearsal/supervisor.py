@@ -201,14 +201,28 @@ def processes_of(folder: Path) -> list[int]:
 
 
 def _is_marked(process: Path, folder: Path) -> bool:
+    data = str((folder / "postgres").resolve())
     try:
+        if _names_folder((process / "cmdline").read_bytes().decode(errors="replace").split("\0"), str(folder), data):
+            return True
         if os.fsencode(f"{MARK}={folder}") in (process / "environ").read_bytes().split(b"\0"):
             return True
         # PostgreSQL's children write their titles over the environment; they all sit in the data folder.
-        inside = os.readlink(process / "cwd") == str((folder / "postgres").resolve())
-        return inside and Path(os.readlink(process / "exe")).name == "postgres"
+        return os.readlink(process / "cwd") == data and Path(os.readlink(process / "exe")).name == "postgres"
     except OSError:  # gone meanwhile, a zombie, or somebody else's
         return False
+
+
+def _names_folder(argv: Sequence[str], folder: str, data: str) -> bool:
+    """By the command line, which can be read where the environment can't: of a server under another user id."""
+    program = Path(argv[0]).name
+    return (
+        ("supervisor.supervisord" in argv and f"{folder}/supervisord.conf" in argv)
+        or (program == "postgres" and data in argv)
+        or (program == "weed" and f"-dir={folder}/s3" in argv)
+        or ("rehearsal.balancer" in argv and f"{folder}/balancer/config.json" in argv)
+        or any(word.startswith(f"{folder}/hosts/") and word.endswith(".py") for word in argv[1:2])
+    )
 
 
 def stop_all(folder: Path) -> None:

@@ -20,7 +20,7 @@ from runbook_lib import signatures
 from runbook_lib.canonical import canonical_json, sha256, write_atomically
 from runbook_lib.errors import UsageError, VerificationError
 from runbook_lib.model import Event
-from runbook_lib.pages import page
+from runbook_lib.pages import epoch_s, page
 from runbook_lib.record_page import FileFact, record_html
 from runbook_lib.render import checklist, checklist_html
 from runbook_lib.state import RunState
@@ -71,7 +71,7 @@ def seal(folder: Path, *, events: Sequence[Event], state: RunState, recorder_key
             "release": release,
             "params_sha256": state.opened["params_sha256"],
         }
-        _sign(folder, Tree.of(folder, leave_out=_outside()), RECORD_TYPE, predicate, recorder_key, trust)
+        _sign(folder, frozenset({REVIEW}), RECORD_TYPE, predicate, recorder_key, trust)
     statement = _must_hold(folder, trust)
     said = statement["predicate"]["ledger"]
     if len(events) < said["events"] or events[said["events"] - 1].hash != said["head"]:
@@ -103,13 +103,9 @@ def seal_review(folder: Path, *, events: Sequence[Event], recorder_key: Path, tr
             _write_notebook(notebook, review / f"{notebook.stem}.html")
         main = Tree.of(folder, leave_out=frozenset({REVIEW})).digests[STATEMENT]
         predicate = {**_common(events[0].run_id, events), "record": {"sha256": main}}
-        _sign(review, Tree.of(review, leave_out=_outside()), REVIEW_TYPE, predicate, recorder_key, trust)
-    _must_hold(folder, trust)
+        _sign(review, frozenset(), REVIEW_TYPE, predicate, recorder_key, trust)
+    _must_hold(folder, trust, review=True)
     return review / STATEMENT
-
-
-def _outside() -> frozenset[str]:
-    return frozenset({REVIEW, STATEMENT, SIGNATURE, SUMS})
 
 
 def _common(run_id: str, events: Sequence[Event]) -> dict[str, Any]:
@@ -171,7 +167,10 @@ def _write_notebook(notebook: Path, target: Path) -> None:
     write_atomically(target, content)
 
 
-def _sign(folder: Path, tree: Tree, kind: str, predicate: Mapping[str, Any], key: Path, trust: Path) -> None:
+def _sign(
+    folder: Path, leave_out: frozenset[str], kind: str, predicate: Mapping[str, Any], key: Path, trust: Path
+) -> None:
+    tree = Tree.of(folder, leave_out=leave_out | {STATEMENT, SIGNATURE, SUMS})
     if tree.odd:
         path, what = tree.odd[0]
         raise VerificationError(f"{path} is {what}: it cannot be part of a record", remedy="move it away, then: runbook seal RUN")
@@ -193,14 +192,20 @@ def _sign(folder: Path, tree: Tree, kind: str, predicate: Mapping[str, Any], key
     signature = signatures.sign(statement, key=key, namespace=signatures.RECORD_NAMESPACE)
     # A record signed by a key that nobody trusts would be worth nothing: better to learn it now.
     signatures.verify(
-        statement, signature, principal=signatures.RECORDER, namespace=signatures.RECORD_NAMESPACE, trust=trust
+        statement,
+        signature,
+        principal=signatures.RECORDER,
+        namespace=signatures.RECORD_NAMESPACE,
+        trust=trust,
+        at=epoch_s(predicate["sealed"]),
     )
     write_atomically(folder / STATEMENT, statement)
     write_atomically(folder / SIGNATURE, signature)
 
 
-def _must_hold(folder: Path, trust: Path) -> dict[str, Any]:
-    wrong = [check for check in verify(folder, trust) if not check.ok and not check.where.startswith(REVIEW)]
+def _must_hold(folder: Path, trust: Path, *, review: bool = False) -> dict[str, Any]:
+    # A review that is being written is not signed yet, and is nothing against the record beside it.
+    wrong = [c for c in verify(folder, trust) if not c.ok and (review or not c.where.startswith(f"{REVIEW}/"))]
     if wrong:
         first = wrong[0]
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""

@@ -75,13 +75,18 @@ class Run:
         """The `allowed_signers` file in force."""
         return self.folder.parent / "allowed_signers"
 
+    @property
+    def writable(self) -> Path:
+        """Where new files go: the record until the run has ended, then the review's own folder beside it."""
+        return self.folder / "review" if self.state.ended else self.folder
+
     def key(self, what: str) -> str:
         """The idempotency key of an effect of this run."""
         return f"{self.run_id}/{what}"
 
     def artifact_path(self, name: str) -> Path:
         """Where an artifact goes; its folder is there."""
-        path = self.folder / "artifacts" / name
+        path = self.writable / "artifacts" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 

@@ -146,7 +146,7 @@ class Step:
                 )
 
     def _attempt(self, run: Run, item: str | None, key: str, number: int) -> StepResult:
-        folder = run.folder / "logs" / key / str(number)
+        folder = run.writable / "logs" / key / str(number)
         intent: dict[str, Any] = {
             "step": key,
             "phase": self.phase,

@@ -153,9 +153,13 @@ class Decisions:
 
     def _gates(self) -> None:
         """No step behind a gate began before the gate had its approvals; a completed run has all three."""
+        for opened in self._kind("gate_opened"):
+            rule = self.params["gates"][opened.data["gate"]]
+            if (opened.data["roles"], opened.data["quorum"]) != (rule["roles"], rule["quorum"]):
+                raise VerificationError(f"event {opened.seq}: gate {opened.data['gate']} was not opened by the parameters' rule")
         done = {name: self._approved_at(name) for name in _BEHIND}
-        if self.state.ended == "completed" and None in done.values():
-            missing = ", ".join(name for name, seq in done.items() if seq is None)
+        missing = ", ".join(name for name in _BEHIND if self._approved_at(name, newest=True) is None)
+        if self.state.ended == "completed" and missing:
             raise VerificationError(f"the run is completed without a standing gate {missing}")
         for event in self._kind("step_intent"):
             phase = str(event.data["step"]).partition(".")[0]
@@ -171,11 +175,12 @@ class Decisions:
             if self.state.green(key) and done[name] is None:
                 raise VerificationError(f"gate {name} is green in the ledger without its approvals")
 
-    def _approved_at(self, name: str) -> int | None:
-        """The first event by which some round of the gate had its quorum of different people and no rejection."""
-        for opened in (e for e in self._kind("gate_opened") if e.data["gate"] == name):
+    def _approved_at(self, name: str, *, newest: bool = False) -> int | None:
+        """The first event by which a round (or the newest) had its quorum of different people and no rejection."""
+        rounds = [e for e in self._kind("gate_opened") if e.data["gate"] == name]
+        for opened in rounds[-1:] if newest else rounds:
             people: set[str] = set()
-            for event in self.valid.values():
+            for event in sorted(self.valid.values(), key=lambda e: e.seq):
                 if (event.data["gate"], event.data["round"]) != (name, opened.data["round"]):
                     continue
                 if event.data["decision"] == "reject":

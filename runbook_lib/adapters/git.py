@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -21,6 +22,7 @@ from runbook_lib.ledger import utc_now
 
 FREEZE_FILE = "runbook-freeze.json"
 _PUSH_TRIES = 5
+_NO_NAME = re.compile(r"[\x00-\x20^~:?*\[\\]|\.\.|@\{")
 _DENIED = ("permission denied", "authentication failed", "could not read username", "not authorized", "dubious ownership")
 
 
@@ -47,7 +49,8 @@ class GitRepository:
     def commit_of(self, ref: str) -> str:
         """See `ports.Repository`."""
         repository = self._current()
-        found = self._try(git.commit_of_tag(repository, ref))
+        # A revision such as `v1^` is no tag's name, and git would follow it.
+        found = None if _NO_NAME.search(ref) else self._try(git.commit_of_tag(repository, ref))
         if found is None:
             known = ", ".join(self._git(git.tags(repository)).split()) or "none"
             raise UsageError(f"there is no tag {ref} in {self.url} (newest: {known})", remedy="push the tag, or name another version")

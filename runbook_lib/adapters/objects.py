@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from runbook_lib.canonical import sha256_file
 from runbook_lib.errors import DeniedError, StepFailedError, UnavailableError, UsageError
@@ -186,6 +187,8 @@ class S3Store:
             read_timeout=60,
             retries={"max_attempts": 4, "mode": "standard"},
             s3={"addressing_style": "path" if self.endpoint else "auto"},
+            # A server on this machine is not behind this machine's proxy.
+            proxies={} if urlsplit(self.endpoint or "").hostname in ("127.0.0.1", "::1", "localhost") else None,
         )
         with _session_lock:
             return session.client("s3", endpoint_url=self.endpoint, config=settings)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from typing import Any
 
-from runbook_lib import maintenance
+from runbook_lib import maintenance, telemetry
+from runbook_lib.errors import StepFailedError
 from runbook_lib.model import Recovery, StepResult
 from runbook_lib.run import Run
 from runbook_lib.step import step
+
+# The judge's own data contract: fewer points, or larger holes, make its verdict inconclusive.
+_FEWEST_POINTS, _COMPLETE = 20, 0.95
 
 
 def window_minutes(run: Run) -> int:
@@ -17,6 +22,32 @@ def window_minutes(run: Run) -> int:
     from runbook_lib.plan import read_only_s  # the plan knows all phases, this one among them
 
     return max(1, math.ceil(read_only_s(run) / 60))
+
+
+@step("Check that the watch has its baseline", recovery=Recovery.REPEAT, owner="On-call", expected_s=5.0)
+def check_baseline(run: Run) -> StepResult:
+    """Without measurements from before, gate 3 could never be green: look for them while nothing is changed yet.
+
+    It worked when every metric has enough recent points. A young environment is waited for, at most
+    `watch.baseline_s`. Looking changes nothing.
+    """
+    settings = run.params.watch
+    deadline = time.monotonic() + settings.baseline_s
+    while True:
+        now = time.time()
+        samples = telemetry.collect(run, now - settings.baseline_s, now, "baseline")
+        wanted = max(_FEWEST_POINTS, _COMPLETE * settings.baseline_s / settings.interval_s)
+        points = {
+            name: sum(s.metric == name and math.isfinite(s.value) for s in samples) for name in telemetry.metrics(run)
+        }
+        if min(points.values()) >= wanted:
+            return StepResult(facts={"points": points, "needed": math.ceil(wanted), "seconds": settings.baseline_s})
+        if time.monotonic() > deadline:
+            raise StepFailedError(
+                f"the baseline of the last {settings.baseline_s:g} s has {points} points, {math.ceil(wanted)} are needed",
+                remedy="mend the telemetry (watch.* in the params file), then runbook resume: nothing was changed yet",
+            )
+        time.sleep(1.0)
 
 
 @step(
@@ -119,4 +150,4 @@ def _plan_prove(run: Run) -> list[tuple[str, ...]]:
     return [("http", "POST", application.url + application.probe_write_path), ("http", "GET", application.url + application.health_path)]
 
 
-STEPS = (announce_start, enable_maintenance, fence_writes, prove_read_only)
+STEPS = (check_baseline, announce_start, enable_maintenance, fence_writes, prove_read_only)

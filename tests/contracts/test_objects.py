@@ -1,0 +1,173 @@
+"""Off-site copies against a real S3 server: once, by checksum, read back."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from runbook_lib.adapters import objects
+from runbook_lib.adapters.objects import S3Store
+from runbook_lib.errors import DeniedError, StepFailedError, UnavailableError, UsageError
+
+if TYPE_CHECKING:
+    from tests.contracts.conftest import Bucket
+
+
+def _store(bucket: Bucket, prefix: str, **changes: Any) -> S3Store:
+    settings = {
+        "bucket": bucket.name,
+        "prefix": prefix,
+        "endpoint": bucket.endpoint,
+        "credentials_file": str(bucket.credentials),
+    }
+    return S3Store(**{**settings, **changes})
+
+
+@pytest.fixture
+def store(bucket: Bucket, request: pytest.FixtureRequest) -> S3Store:
+    return _store(bucket, request.node.name.replace("[", "-").rstrip("]"))
+
+
+def _file(folder: Path, content: bytes) -> tuple[Path, str]:
+    path = folder / "one.dump"
+    path.write_bytes(content)
+    return path, hashlib.sha256(content).hexdigest()
+
+
+def _versions(store: S3Store) -> list[Any]:
+    said = store._client.list_object_versions(Bucket=store.bucket, Prefix=f"{store.prefix}/")
+    return list(said.get("Versions", []))
+
+
+def test_put_find_and_read_back(store: S3Store, tmp_path: Path) -> None:
+    path, digest = _file(tmp_path, b"x" * 100_000)
+    assert store.find("run/one.dump") is None
+
+    stored = store.put(path, "run/one.dump", sha256=digest)
+
+    assert (stored.size_bytes, stored.sha256) == (100_000, digest)
+    assert stored.version_id not in ("", "null")
+    assert store.find("run/one.dump") == stored
+    assert store.read_back(stored) == (digest, 100_000)
+
+
+def test_the_same_content_is_stored_once(store: S3Store, tmp_path: Path) -> None:
+    path, digest = _file(tmp_path, b"content")
+
+    first = store.put(path, "k", sha256=digest)
+    second = store.put(path, "k", sha256=digest)
+
+    assert first == second
+    assert len(_versions(store)) == 1
+
+
+def test_an_older_version_with_this_content_is_found(store: S3Store, tmp_path: Path) -> None:
+    stored = []
+    for content in (b"old", b"new", b"old"):
+        path, digest = _file(tmp_path, content)
+        stored.append(store.put(path, "k", sha256=digest))
+
+    assert stored[2] == stored[0]
+    assert len(_versions(store)) == 2
+
+
+def test_other_content_under_the_same_key_is_a_new_version(store: S3Store, tmp_path: Path) -> None:
+    path, digest = _file(tmp_path, b"one")
+    first = store.put(path, "k", sha256=digest)
+    path, digest = _file(tmp_path, b"two")
+
+    second = store.put(path, "k", sha256=digest)
+
+    assert second.version_id != first.version_id
+    assert store.read_back(first)[0] == hashlib.sha256(b"one").hexdigest()
+
+
+def test_many_parts_count_as_one_object(store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "_ONE_REQUEST_BYTES", 1 << 20)
+    monkeypatch.setattr(objects, "_PART_BYTES", 5 << 20)
+    path, digest = _file(tmp_path, bytes(range(256)) * (45 << 10))  # 11.25 MiB: three parts, the last one short
+
+    stored = store.put(path, "big", sha256=digest)
+
+    assert store.read_back(stored) == (digest, path.stat().st_size)
+    assert store.put(path, "big", sha256=digest) == stored
+    assert len(_versions(store)) == 1
+
+
+def test_parts_of_a_killed_upload_are_removed(store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "_ONE_REQUEST_BYTES", 1 << 20)
+    name = f"{store.prefix}/big"
+    left = store._client.create_multipart_upload(Bucket=store.bucket, Key=name)["UploadId"]
+    store._client.upload_part(Bucket=store.bucket, Key=name, UploadId=left, PartNumber=1, Body=b"x" * (5 << 20))
+    path, digest = _file(tmp_path, b"y" * (2 << 20))
+
+    store.put(path, "big", sha256=digest)
+
+    listed = store._client.list_multipart_uploads(Bucket=store.bucket, Prefix=name)
+    assert [u for u in listed.get("Uploads", []) if u["Key"] == name] == []
+
+
+def test_a_file_that_changed_on_disk_is_not_stored(store: S3Store, tmp_path: Path) -> None:
+    path, digest = _file(tmp_path, b"right")
+    path.write_bytes(b"wrong")
+
+    with pytest.raises(StepFailedError, match="expected"):
+        store.put(path, "k", sha256=digest)
+    assert store.find("k") is None
+
+
+def test_used_bytes_counts_every_version(store: S3Store, tmp_path: Path) -> None:
+    before = store.used_bytes()
+    for content in (b"a" * 1000, b"b" * 1000):
+        path, digest = _file(tmp_path, content)
+        store.put(path, "k", sha256=digest)
+
+    assert store.used_bytes() == before + 2000
+
+
+def test_wrong_keys_are_denied(bucket: Bucket, tmp_path: Path) -> None:
+    wrong = tmp_path / "credentials"
+    wrong.write_text("[default]\naws_access_key_id = AKNOBODY\naws_secret_access_key = wrong\n")
+
+    with pytest.raises(DeniedError, match="s3://"):
+        _store(bucket, "p", credentials_file=str(wrong)).used_bytes()
+    with pytest.raises(DeniedError):
+        path, digest = _file(tmp_path, b"x")
+        _store(bucket, "p", credentials_file=str(wrong)).put(path, "k", sha256=digest)
+
+
+def test_settings_that_are_wrong_are_named(bucket: Bucket, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="credentials_file"):
+        _store(bucket, "p", credentials_file=str(tmp_path / "gone")).find("k")
+    with pytest.raises(UsageError, match="nobody"):
+        _store(bucket, "p", profile="nobody").find("k")
+    with pytest.raises(UsageError, match="NoSuchBucket"):
+        _store(bucket, "p", bucket="not-there-at-all").used_bytes()
+
+
+def test_nobody_answering_is_unavailable(bucket: Bucket) -> None:
+    with pytest.raises(UnavailableError, match="s3://"):
+        _store(bucket, "p", endpoint="http://127.0.0.1:9").find("k")
+
+
+def test_environment_credentials_do_not_win_over_the_file(
+    store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKSOMEBODY")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "else")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    path, digest = _file(tmp_path, b"x")
+
+    assert store.put(path, "k", sha256=digest).sha256 == digest
+
+
+def test_importing_the_adapter_does_not_import_boto3() -> None:
+    code = "import sys, runbook_lib.adapters.objects; raise SystemExit('boto3' in sys.modules)"
+
+    assert subprocess.run((sys.executable, "-c", code), check=False).returncode == 0
