@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -147,7 +148,7 @@ def test_settings_that_are_wrong_are_named(bucket: Bucket, tmp_path: Path) -> No
     with pytest.raises(UsageError, match="nobody"):
         _store(bucket, "p", profile="nobody").find("k")
     with pytest.raises(UsageError, match="NoSuchBucket"):
-        _store(bucket, "p", bucket="not-there-at-all").used_bytes()
+        dataclasses.replace(_store(bucket, "p"), bucket="not-there-at-all").used_bytes()
 
 
 def test_nobody_answering_is_unavailable(bucket: Bucket) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from runbook_lib.canonical import canonical_json, digest, sha256
 from runbook_lib.errors import UsageError, VerificationError
 from runbook_lib.ledger import Ledger
 from runbook_lib.model import Event
+from runbook_lib.state import fold
 
 RUN = "20260102T030405Z-v1.5.0-a1b2c3"
 COMMIT, BEFORE = "1" * 40, "2" * 40
@@ -348,14 +350,14 @@ def test_a_recorder_that_nobody_trusts_does_not_seal(story: Story) -> None:
 
 
 def positions(size: int) -> set[int]:
-    return {0, 1, size // 4, size // 2, 3 * size // 4, size - 2, size - 1} & set(range(size))
+    return {0, size // 3, 2 * size // 3, size - 2, size - 1} & set(range(size))
 
 
 def test_one_flipped_bit_anywhere_is_seen(sealed: Story) -> None:
     unseen = []
     for path in sorted(p for p in sealed.folder.rglob("*") if p.is_file()):
         content = path.read_bytes()
-        spots = positions(len(content)) if path.suffix != ".sig" else set(range(0, len(content), 7)) | positions(len(content))
+        spots = positions(len(content)) if path.suffix != ".sig" else set(range(0, len(content), 31)) | positions(len(content))
         for spot in sorted(spots):
             path.write_bytes(content[:spot] + bytes([content[spot] ^ 1]) + content[spot + 1 :])
             if not sealed.wrong():
@@ -493,21 +495,15 @@ def test_a_record_that_is_none_fails_without_a_crash(tmp_path: Path, sealed: Sto
         assert any(not c.ok for c in archive.verify(sealed.folder, trust))
 
 
-def reseal(story: Story, *, key: str = "recorder") -> None:
+def reseal(story: Story) -> None:
     """What somebody with the recorder's key could do: sign the folder as it is now."""
     for name in ("statement.json.sig", "statement.json", "SHA256SUMS"):
         (story.folder / name).unlink(missing_ok=True)
     shutil.rmtree(story.folder / "review", ignore_errors=True)
     events = story.ledger.events(RUN)
     end = next(i for i, e in enumerate(events) if e.kind == "run_ended") + 1
-    old = archive._must_hold
-    archive._must_hold = lambda *_a, **_k: {"predicate": {"ledger": {"events": 1, "head": events[0].hash}}}  # type: ignore[assignment]
-    try:
-        from runbook_lib.state import fold
-
-        archive.seal(story.folder, events=events[:end], state=fold(events[:end]), recorder_key=story.keys[key], trust=story.trust)
-    finally:
-        archive._must_hold = old
+    with suppress(VerificationError):  # sealing says at once that such a record does not verify
+        archive.seal(story.folder, events=events[:end], state=fold(events[:end]), recorder_key=story.keys["recorder"], trust=story.trust)
 
 
 def test_even_the_recorder_cannot_forge_a_decision(sealed: Story) -> None:
@@ -542,7 +538,7 @@ def test_even_the_recorder_cannot_bring_a_script_into_the_pages(sealed: Story) -
     ):
         page.write_bytes(content)
         reseal(sealed)
-        assert [c.where for c in sealed.wrong()] == ["artifacts/page.html"] or content.startswith(b"\xff") or sealed.wrong(), content
+        assert [c.where for c in sealed.wrong()] == ["artifacts/page.html"], content
 
 
 @pytest.mark.parametrize(
@@ -571,7 +567,7 @@ def test_a_decision_for_something_else_or_by_somebody_else_does_not_stand(
 
     wrong = {c.name: c.why for c in story.wrong()}
     assert why in wrong["decision"]
-    assert "without its approvals" in wrong["gates"]
+    assert "does not stand" in wrong["gates"]
 
 
 def test_one_person_cannot_sign_as_another(story: Story) -> None:

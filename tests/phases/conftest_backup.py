@@ -1,0 +1,141 @@
+"""A run against the twin, one step at a time, in this process or in one that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runbook_lib import wiring
+from runbook_lib.run import Run
+
+PROJECT = Path(__file__).resolve().parents[2]
+_IN_ANOTHER_PROCESS = """
+import sys
+from importlib import import_module
+from runbook_lib import wiring
+phase, name = sys.argv[2].split(".")
+step = getattr(import_module("runbook_lib.phases." + phase), name)
+step.before, step.guard = (), None
+step(wiring.attach(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="session")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The twin, up for all tests of this module; its facts."""
+    folder = tmp_path_factory.mktemp("twin") / "t"
+    verb = (sys.executable, "-m", "rehearsal")
+    done = subprocess.run((*verb, "up", "--dir", str(folder)), cwd=PROJECT, check=False, capture_output=True, text=True)
+    try:
+        assert done.returncode == 0, done.stderr
+        yield json.loads((folder / "stack.json").read_text())
+    finally:
+        subprocess.run((*verb, "down", "--dir", str(folder)), cwd=PROJECT, check=True, capture_output=True)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run, and what a test does with its steps."""
+
+    run: Run
+
+    def start(self, step: str) -> subprocess.Popen[bytes]:
+        """Call a step in another process, as an executor would."""
+        return subprocess.Popen((sys.executable, "-c", _IN_ANOTHER_PROCESS, self.run.run_id, step), cwd=PROJECT)
+
+    def kill_when(self, step: str, ready: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
+        """SIGKILL the process that runs a step as soon as `ready` says so."""
+        process = self.start(step)
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            assert process.poll() is None, f"{step} ended before it could be killed"
+            assert time.monotonic() < deadline, f"{step} never came to the point of its death"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    def events(self, kind: str, step: str) -> list[Any]:
+        """The ledger's events of one kind for one step."""
+        return [e.data for e in self.run.ledger.events(self.run.run_id) if e.kind == kind and e.data.get("step") == step]
+
+
+@pytest.fixture
+def opened(twin: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Opened]:
+    """Opens a run of the next release in a project folder of the test's own; steps need no order in it."""
+    home = tmp_path / "home"
+    (home / "runbooks").mkdir(parents=True)
+    (home / "params").mkdir()
+    text = (PROJECT / "params" / "rehearsal.yml").read_text()
+    (home / "params" / "rehearsal.yml").write_text(text.replace("facts: .rehearsal/stack.json", "facts: stack.json"))
+    # Where steps leave things each test has its own place; servers and hosts are the twin's.
+    backups = tmp_path / "backups"
+    backups.mkdir()
+    facts = {
+        **twin,
+        "dir": str(home),
+        "backups": str(backups),
+        "repository": str(shutil.copytree(twin["repository"], tmp_path / "shop.git")),
+        "endpoints": {**twin["endpoints"], "outbox": str(tmp_path / "outbox")},
+    }
+    (home / "stack.json").write_text(json.dumps(facts))
+    monkeypatch.setenv("RUNBOOK_HOME", str(home))
+
+    from runbook_lib import phases
+
+    for module in phases.ALL:
+        for step in module.STEPS:
+            monkeypatch.setattr(step, "before", ())
+            monkeypatch.setattr(step, "guard", None)
+
+    def open_one(version: str = "next", **settings: str) -> Opened:
+        given = {name.replace("__", "."): value for name, value in settings.items()}
+        draft = wiring.preview("rehearsal", version, settings=given)
+        return Opened(wiring.create(draft, plan={"digest": "0" * 64}))
+
+    return open_one
+
+
+@pytest.fixture
+def slow_tools(twin: dict[str, Any], tmp_path: Path) -> Callable[[str, str], Path]:
+    """Makes a folder of PostgreSQL programs of which one runs a shell line before or after its work.
+
+    In the line `$0.calls` counts its calls; `real "$@"` is the program itself.
+    """
+
+    def make(tool: str, line: str) -> Path:
+        folder = tmp_path / "tools"
+        folder.mkdir()
+        for program in Path(twin["database"]["bin"]).iterdir():
+            (folder / program.name).symlink_to(program)
+        (folder / tool).unlink()
+        real = Path(twin["database"]["bin"]) / tool
+        script = f'#!/bin/sh\nreal() {{ {real} "$@"; }}\necho "$*" >> {folder}/{tool}.calls\n{line}\n'
+        (folder / tool).write_text(script)
+        (folder / tool).chmod(0o755)
+        return folder
+
+    return make
+
+
+def alive(pattern: str) -> list[int]:
+    """Pids of processes whose command line holds a text, other than this one."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if pattern.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found

@@ -1,0 +1,321 @@
+"""Phase 1 against the twin: what it proves, what damage it finds, and that a killed one does nothing twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from runbook_lib import restore
+from runbook_lib.errors import PausedError, StepFailedError, StepInDoubtError
+from runbook_lib.model import Command, Status
+from runbook_lib.phases import backup, prepare
+from tests.phases.conftest_backup import Opened, alive, opened, slow_tools, twin  # noqa: F401  # fixtures
+
+Open = Callable[..., Opened]
+Tools = Callable[[str, str], Path]
+
+
+def _admin(twin: dict[str, Any], dbname: str = "postgres") -> psycopg.Connection[Any]:  # noqa: F811
+    known = twin["database"]
+    return psycopg.connect(
+        host=known["host"], port=known["port"], user="postgres", dbname=dbname, passfile=known["passfile"], autocommit=True
+    )
+
+
+def _scratch_databases(twin: dict[str, Any]) -> list[str]:  # noqa: F811
+    with _admin(twin) as session:
+        rows = session.execute("SELECT datname FROM pg_database WHERE datname LIKE 'runbook_scratch_%'").fetchall()
+    return [row[0] for row in rows]
+
+
+def _backed_up(one: Opened) -> None:
+    backup.archive_files(one.run)
+    backup.dump_database(one.run)
+
+
+def test_a_whole_backup_is_proved_and_named_in_one_manifest(opened: Open, twin: dict[str, Any]) -> None:  # noqa: F811
+    one = opened()
+    run = one.run
+    prepare.freeze_merges(run)
+
+    for step in backup.STEPS[:-1]:
+        step(run)
+
+    manifest = json.loads((run.folder / "artifacts/backup/manifest.json").read_bytes())
+    assert [entry["kind"] for entry in manifest["files"]] == ["dump", *["files"] * 4, "inventory"]
+    assert all(entry["equal"] for entry in manifest["files"])
+    assert manifest["inventory"]["tables"]["public.orders"]["rows"] >= 5000
+    assert {path.name for path in Path(run.params.backup.directory).iterdir()} == {
+        f"{run.run_id}.dump",
+        *(f"{run.run_id}-{host}.tgz" for host in run.params.all_hosts),
+    }
+    assert all(path.stat().st_mode & 0o077 == 0 for path in Path(run.params.backup.directory).iterdir())
+    assert _scratch_databases(twin) == []
+    listed = json.loads((run.folder / "artifacts/backup/files-app-01.json").read_bytes())["files"]
+    assert {"current/REVISION", "shared/env"} <= set(listed)
+    assert run.state.fact("backup.dump_database", "sha256") == manifest["files"][0]["source_sha256"]
+
+
+def test_the_inventory_is_the_dumps_own_moment(opened: Open, twin: dict[str, Any]) -> None:  # noqa: F811
+    """The twin's load writes all the time: counts taken a moment apart would differ sooner or later."""
+    one = opened()
+    backup.archive_files(one.run)
+    backup.dump_database(one.run)
+    with _admin(twin, "prod_db") as session:
+        session.execute("UPDATE products SET picture = picture WHERE false")
+        session.execute("INSERT INTO products (name, price_cents) VALUES ('Xylophone', 1)")
+        try:
+            result = backup.validate_backup(one.run)
+        finally:
+            session.execute("DELETE FROM products WHERE name = 'Xylophone'")
+
+    assert result.facts["differences"] == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "row"])
+def test_a_damaged_dump_does_not_pass(opened: Open, twin: dict[str, Any], damage: str) -> None:  # noqa: F811
+    one = opened()
+    _backed_up(one)
+    dump = backup.dump_path(one.run)
+    content = bytearray(dump.read_bytes())
+    if damage == "cut":
+        dump.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        content[len(content) * 2 // 3] ^= 0x10
+        dump.write_bytes(content)
+    elif damage == "empty":
+        dump.write_bytes(b"")
+    else:
+        # A dump that is well formed and of another moment: only the comparison can tell.
+        known = twin["database"]
+        with _admin(twin, "prod_db") as session:
+            session.execute("INSERT INTO products (name, price_cents) VALUES ('Xylophone', 1)")
+            argv = ("pg_dump", "-Fc", "-h", known["host"], "-p", str(known["port"]), "-U", "postgres", "-f", str(dump), "prod_db")
+            one.run.services.shell.run(Command(argv, env={"PGPASSFILE": known["passfile"]}), name="other")
+            session.execute("DELETE FROM products WHERE name = 'Xylophone'")
+
+    with pytest.raises(StepFailedError) as error:
+        backup.validate_backup(one.run)
+
+    assert one.run.state.step("backup.validate_backup").status is Status.FAILED
+    if damage == "row":
+        assert "products" in str(error.value)
+    assert _scratch_databases(twin) == []
+
+
+def test_a_damaged_archive_does_not_pass(opened: Open) -> None:  # noqa: F811
+    one = opened()
+    _backed_up(one)
+    archive = backup.archive_path(one.run, "app-02")
+    archive.write_bytes(archive.read_bytes()[:-2000])
+
+    with pytest.raises(StepFailedError, match=r"app-02\.tgz cannot be read"):
+        backup.validate_backup(one.run)
+
+
+def test_a_file_that_changed_after_its_proof_is_not_copied(opened: Open) -> None:  # noqa: F811
+    one = opened()
+    _backed_up(one)
+    archive = backup.archive_path(one.run, "app-01")
+    archive.write_bytes(archive.read_bytes() + b"x")
+
+    with pytest.raises(StepFailedError, match="expected"):
+        backup.replicate_off_site(one.run)
+
+
+def test_a_local_file_that_differs_closes_the_gate(opened: Open) -> None:  # noqa: F811
+    one = opened()
+    _backed_up(one)
+    backup.replicate_off_site(one.run)
+    with backup.dump_path(one.run).open("ab") as file:
+        file.write(b"x")
+
+    with pytest.raises(StepFailedError, match=r"\.dump: source"):
+        backup.compare_hashes(one.run)
+
+    result = one.run.state.step("backup.compare_hashes").result
+    assert result is not None
+    assert result.verdict == "red"
+    assert result.artifacts
+
+
+def test_an_old_dump_does_not_stand(opened: Open) -> None:  # noqa: F811
+    one = opened(backup__max_age_s="0.001")
+    _backed_up(one)
+    backup.replicate_off_site(one.run)
+
+    with pytest.raises(StepFailedError, match="s old"):
+        backup.compare_hashes(one.run)
+
+
+def test_an_older_pg_dump_is_refused(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
+    tools = slow_tools("pg_dump", 'echo "pg_dump (PostgreSQL) 9.6.1"')
+    one = opened(database__bin=str(tools))
+
+    with _path(tools), pytest.raises(StepFailedError, match=r"9\.6\.1.*the server is PostgreSQL"):
+        backup.dump_database(one.run)
+    assert list(Path(one.run.params.backup.directory).iterdir()) == []
+
+
+def test_a_failing_pg_dump_leaves_nothing(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
+    line = 'case "$1" in --version) real "$@";; *) real "$@"; echo "disk full" >&2; exit 3;; esac'
+    tools = slow_tools("pg_dump", line)
+    one = opened(database__bin=str(tools))
+
+    with _path(tools), pytest.raises(StepFailedError, match="exited 3: disk full"):
+        backup.dump_database(one.run)
+    assert list(Path(one.run.params.backup.directory).iterdir()) == []
+
+
+def test_someone_elses_file_under_the_name_is_left_alone(opened: Open) -> None:  # noqa: F811
+    one = opened()
+    backup.dump_path(one.run).write_text("precious")
+
+    with pytest.raises(StepInDoubtError, match="is there"):
+        backup.dump_database(one.run)
+    assert backup.dump_path(one.run).read_text() == "precious"
+
+
+def test_too_early_waits_and_records_nothing(opened: Open) -> None:  # noqa: F811
+    start = (datetime.now(UTC) + timedelta(hours=2)).isoformat(timespec="seconds")
+    one = opened(window__start=f'"{start}"')
+    prepare.freeze_merges(one.run)
+
+    with pytest.raises(PausedError, match="the window starts at"):
+        backup.recheck_preparation(one.run)
+    assert one.run.state.step("backup.recheck_preparation").status is Status.PENDING
+
+
+def test_a_lifted_freeze_is_seen_again(opened: Open) -> None:  # noqa: F811
+    one = opened()
+
+    with pytest.raises(StepFailedError, match="merge freeze is not there"):
+        backup.recheck_preparation(one.run)
+
+
+class _path:
+    """PATH with these tools first, as for the process that wiring sets up."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._before = folder, os.environ["PATH"]
+
+    def __enter__(self) -> None:
+        os.environ["PATH"] = f"{self._folder}{os.pathsep}{self._before}"
+
+    def __exit__(self, *_: object) -> None:
+        os.environ["PATH"] = self._before
+
+
+def _dumps(tools: Path) -> list[str]:
+    return [line for line in (tools / "pg_dump.calls").read_text().splitlines() if "--version" not in line]
+
+
+def test_killed_while_dumping_the_dump_that_went_on_is_taken(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
+    line = 'real "$@"; status=$?; case "$1" in --version) ;; *) sleep 1;; esac; exit $status'
+    tools = slow_tools("pg_dump", line)
+    one = opened(database__bin=str(tools))
+    part = Path(f"{backup.dump_path(one.run)}.part")
+    one.kill_when("backup.dump_database", lambda: part.exists() and part.stat().st_size > 0)
+
+    with _path(tools):
+        result = backup.dump_database(one.run)
+
+    assert len(_dumps(tools)) == 1
+    (outcome,) = one.events("step_outcome", "backup.dump_database")
+    assert outcome["settled_by"] == "probe"
+    assert [p.name for p in Path(one.run.params.backup.directory).iterdir()] == [backup.dump_path(one.run).name]
+    backup.archive_files(one.run)
+    assert backup.validate_backup(one.run).facts["differences"] == []
+    assert result.facts["rows"] > 5000
+
+
+def test_killed_with_its_pg_dump_it_dumps_again(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
+    line = 'case "$1" in --version) real "$@";; *) real "$@"; sleep 3;; esac'
+    tools = slow_tools("pg_dump", line)
+    one = opened(database__bin=str(tools))
+    part = Path(f"{backup.dump_path(one.run)}.part")
+    one.kill_when("backup.dump_database", lambda: part.exists() and part.stat().st_size > 0)
+    for pid in alive(str(part)):
+        os.kill(pid, signal.SIGKILL)
+
+    with _path(tools):
+        backup.dump_database(one.run)
+
+    assert len(_dumps(tools)) == 2
+    assert [p.name for p in Path(one.run.params.backup.directory).iterdir()] == [backup.dump_path(one.run).name]
+
+
+def test_killed_before_pg_dump_starts_it_dumps_once(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
+    tools = slow_tools("pg_dump", 'case "$1" in --version) sleep 1;; esac; real "$@"')
+    one = opened(database__bin=str(tools))
+    one.kill_when("backup.dump_database", lambda: (tools / "pg_dump.calls").exists())
+
+    with _path(tools):
+        backup.dump_database(one.run)
+
+    assert len(_dumps(tools)) == 1
+
+
+def test_killed_while_restoring_no_scratch_database_stays(
+    opened: Open, twin: dict[str, Any], slow_tools: Tools  # noqa: F811
+) -> None:
+    tools = slow_tools("pg_restore", 'case "$1" in --exit-on-error) sleep 1;; esac; real "$@"')
+    one = opened(database__bin=str(tools))
+    _backed_up(one)
+    one.kill_when("backup.validate_backup", lambda: bool(_scratch_databases(twin)))
+
+    with _path(tools):
+        result = backup.validate_backup(one.run)
+
+    assert result.facts["differences"] == []
+    assert _scratch_databases(twin) == []
+
+
+def test_killed_while_copying_each_file_is_stored_once(opened: Open) -> None:  # noqa: F811
+    one = opened()
+    _backed_up(one)
+    store: Any = one.run.services.store
+    prefix = f"{store.prefix}/{one.run.run_id}/"
+
+    def versions() -> list[Any]:
+        said = store._client.list_object_versions(Bucket=store.bucket, Prefix=prefix)
+        return list(said.get("Versions", []))
+
+    one.kill_when("backup.replicate_off_site", lambda: len(versions()) >= 2)
+
+    backup.replicate_off_site(one.run)
+
+    assert len(versions()) == 6
+    assert len({version["Key"] for version in versions()}) == 6
+
+
+def test_killed_while_archiving_one_archive_a_host(opened: Open) -> None:  # noqa: F811
+    one = opened()
+    final = backup.archive_path(one.run, "app-02")
+    one.kill_when("backup.archive_files", lambda: final.exists() or Path(f"{final}.part").exists())
+
+    backup.archive_files(one.run)
+
+    expected = {backup.archive_path(one.run, host).name for host in one.run.params.all_hosts}
+    assert {path.name for path in Path(one.run.params.backup.directory).iterdir()} == expected
+
+
+def test_a_scratch_database_of_somebody_else_is_left_alone(opened: Open, twin: dict[str, Any]) -> None:  # noqa: F811
+    one = opened()
+    ours = backup.scratch_database(one.run)
+    theirs = restore.ScratchDatabase(ours.database, ours.params, ours.name, "somebody else's")
+    theirs.create()
+    try:
+        with pytest.raises(StepFailedError, match="belongs to"):
+            ours.drop()
+        assert _scratch_databases(twin) == [ours.name]
+    finally:
+        theirs.drop()
