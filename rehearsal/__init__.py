@@ -1,0 +1,1 @@
+"""The local production twin: real servers, hosts, users and people, all on this machine."""

@@ -1,8 +1,8 @@
 """`python -m rehearsal`: the local production twin's own command.
 
-    up | down | status     the twin as a whole; --json prints its facts as one line
-    sign RUN GATE          a person with the needed role looks at a gate's evidence and decides
-    spot-check RUN         quinn uses the shop and records what was seen
+up | down | status     the twin as a whole; --json prints its facts as one line
+sign RUN GATE          a person with the needed role looks at a gate's evidence and decides
+spot-check RUN         quinn uses the shop and records what was seen
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def _do(verb: str, words: list[str], folder: Path | None, *, as_json: bool) -> i
     if verb in ("sign", "spot-check"):
         if not facts["up"]:
             raise StackError(f"no twin is up in {folder}; next: python -m rehearsal up --dir {folder}")
-        return people.sign(words[0], words[1], facts["people"]) if verb == "sign" else people.spot_check(words[0], facts)
+        return (
+            people.sign(words[0], words[1], facts["people"]) if verb == "sign" else people.spot_check(words[0], facts)
+        )
     print(json.dumps(facts, sort_keys=True) if as_json else _text(facts, folder))
     return 0
 

@@ -130,7 +130,7 @@ def encrypt_vault(folder: Path, settings: Settings, secret_key: str) -> subproce
             stderr=log,
             env={**clean_environment(), "ANSIBLE_LOCAL_TEMP": str(folder / "run" / "ansible")},
         )
-    assert started.stdin is not None
-    with started.stdin as clear:
-        clear.write(json.dumps(values).encode())
+    if started.stdin is not None:
+        with started.stdin as clear:
+            clear.write(json.dumps(values).encode())
     return started

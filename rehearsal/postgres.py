@@ -81,7 +81,9 @@ def find_binaries() -> Path:
     if chosen := os.environ.get(CHOICE):
         if _is_complete(Path(chosen)):
             return Path(chosen)
-        raise StackError(f"{CHOICE}={chosen} lacks one of {', '.join(_TOOLS)}; name a folder that has them, or unset it")
+        raise StackError(
+            f"{CHOICE}={chosen} lacks one of {', '.join(_TOOLS)}; name a folder that has them, or unset it"
+        )
     system = {_major(folder): folder for folder in Path("/usr/lib/postgresql").glob("*/bin") if _is_complete(folder)}
     on_path = shutil.which("postgres")
     if on_path is not None and _is_complete(folder := Path(on_path).resolve().parent):
@@ -171,7 +173,9 @@ def _move_within_reach(server: Server, folder: Path, password: Path) -> tuple[Se
     for path in (data, readable):
         os.chown(path, _NOBODY, _NOBODY)
     folder.symlink_to(data)
-    reached = subprocess.run((*unprivileged(), str(server.bin / "postgres"), "--version"), check=False, capture_output=True)
+    reached = subprocess.run(
+        (*unprivileged(), str(server.bin / "postgres"), "--version"), check=False, capture_output=True
+    )
     if reached.returncode:
         install = server.bin.parent
         shutil.copytree(install, ours / install.parent.name / install.name, symlinks=True)

@@ -126,7 +126,7 @@ def forget(folder: Path) -> None:
     except (OSError, ValueError):
         return
     for name, port in ports.items():
-        for temporary in {tempfile.gettempdir(), "/tmp"}:  # its own choice of place, we only tidy up
+        for temporary in {tempfile.gettempdir(), "/tmp"}:  # noqa: S108  (its own choice of place; we only tidy up)
             (Path(temporary) / f"seaweedfs-{name.replace('.', '-')}-{port}.sock").unlink(missing_ok=True)
 
 

@@ -202,7 +202,9 @@ def _configure(folder: Path, ports: Mapping[str, int], cluster: postgres.Server,
         # SIGINT is PostgreSQL's fast shutdown; SIGTERM would wait for every session to leave.
         supervisor.Program("postgres", cluster.argv(), stop_signal="INT", server=True),
         supervisor.Program("s3", objects.argv(), server=True),
-        supervisor.Program("balancer", (python, "-m", "rehearsal.balancer", "--config", str(config)), ours, server=True),
+        supervisor.Program(
+            "balancer", (python, "-m", "rehearsal.balancer", "--config", str(config)), ours, server=True
+        ),
         *hosts.programs(folder),
         supervisor.Program("load", load, ours),
     ]

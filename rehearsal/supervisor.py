@@ -126,7 +126,9 @@ def start(folder: Path, *programs: str) -> None:
             _ask(folder).startProcess(program, False)
         except xmlrpc.client.Fault as fault:
             if "ALREADY_STARTED" not in fault.faultString:
-                raise StackError(f"{program} did not start: {fault.faultString}{last_words(folder, program)}") from fault
+                raise StackError(
+                    f"{program} did not start: {fault.faultString}{last_words(folder, program)}"
+                ) from fault
 
 
 def wait_for(
@@ -142,7 +144,7 @@ def wait_for(
     while True:
         try:
             look()
-        except Exception as error:  # noqa: BLE001  (any answer but the right one means: not yet)
+        except Exception as error:  # any answer but the right one means: not yet
             last = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         else:
             return
@@ -151,7 +153,9 @@ def wait_for(
         if _PORT_TAKEN in tail(folder / "log" / file):
             raise PortTakenError(f"{program} lost its port to another program{last_words(folder, program, file)}")
         if time.monotonic() > deadline:
-            raise StackError(f"{program} was not ready after {timeout_s:g} s ({last}){last_words(folder, program, file)}")
+            raise StackError(
+                f"{program} was not ready after {timeout_s:g} s ({last}){last_words(folder, program, file)}"
+            )
         time.sleep(0.05)
 
 
@@ -193,11 +197,8 @@ def running(folder: Path) -> int | None:
 
 def processes_of(folder: Path) -> list[int]:
     """Everything alive that this twin started, whether its keeper lives or not."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid() and _is_marked(entry, folder):
-            found.append(int(entry.name))
-    return found
+    numbered = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [int(each.name) for each in numbered if int(each.name) != os.getpid() and _is_marked(each, folder)]
 
 
 def _is_marked(process: Path, folder: Path) -> bool:
@@ -208,7 +209,7 @@ def _is_marked(process: Path, folder: Path) -> bool:
         if os.fsencode(f"{MARK}={folder}") in (process / "environ").read_bytes().split(b"\0"):
             return True
         # PostgreSQL's children write their titles over the environment; they all sit in the data folder.
-        return os.readlink(process / "cwd") == data and Path(os.readlink(process / "exe")).name == "postgres"
+        return str((process / "cwd").readlink()) == data and (process / "exe").readlink().name == "postgres"
     except OSError:  # gone meanwhile, a zombie, or somebody else's
         return False
 

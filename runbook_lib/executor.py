@@ -319,7 +319,7 @@ def _stopped(run: Run, stop: Outcome) -> Outcome:
     failed = any(s.status is Status.FAILED for s in state.steps.values())
     rejected = bool(state.rejected_gate)
     if stop.exit_code in (1, 3) and (failed or rejected) and run.params.rollback.automatic:
-        return roll_back(run, stop.message, cause=stop.exit_code)
+        return roll_back(run, stop.message.partition(". Next: ")[0], cause=stop.exit_code)
     return stop
 
 

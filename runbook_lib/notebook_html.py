@@ -25,7 +25,7 @@ _LINK = re.compile(r"(?:https?://|mailto:|#|(?![a-zA-Z][a-zA-Z0-9+.-]*:)(?!//)).
 _RAW_BLOCK = re.compile(r"<(script|style|iframe|object)\b[^>]*>.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
 
 _STYLE = """
-.jp-Notebook,.nb{max-width:1000px;margin:0 auto}
+header,main{max-width:1040px}
 .cell{margin:14px 0}.prompt{color:var(--soft);font:12px/1.4 ui-monospace,Menlo,Consolas,monospace}
 .inner_cell .input_area,.highlight pre{background:var(--code);border-radius:6px}
 .output_area{margin:6px 0;overflow-x:auto}.output_area pre{background:none;border-left:3px solid var(--line)}

@@ -33,7 +33,7 @@ pre{background:var(--code);padding:10px 12px;border-radius:6px;overflow-x:auto;m
 .skip{position:absolute;left:-9999px}.skip:focus{left:20px;top:6px;background:var(--card);padding:6px 10px}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px 20px;margin:16px 0;min-width:0}
 .two{display:grid;grid-template-columns:minmax(0,3fr) minmax(0,2fr);gap:0 16px;align-items:start}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:16px}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,520px),1fr));gap:16px}
 @media (max-width:900px){.two{grid-template-columns:minmax(0,1fr)}}
 figure{margin:0}figure img{width:100%;height:auto;border:1px solid var(--line);border-radius:6px;background:#fff}
 figcaption{color:var(--soft);font-size:13px}
@@ -69,8 +69,9 @@ _TONES = {
     "failed": "bad",
     "paused": "warn",
     "green": "good",
-    "approve": "good",
-    "reject": "bad",
+    "approved": "good",
+    "rejected": "bad",
+    "interrupted": "warn",
     "blocked": "bad",
     "inconclusive": "warn",
     "red": "bad",

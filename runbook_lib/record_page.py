@@ -57,14 +57,15 @@ def record_html(state: RunState, events: Sequence[Event], files: Mapping[str, Fi
     rounds = _rounds(events)
     sections = [
         _outcome(state, events),
-        '<div class="two">',
+        '<div class="two"><div>',
         _card("checklist", "Checklist", checklist_html(state)),
+        _notebooks(files),
+        "</div>",
         _card("gates", "Gates", "".join(_gate(name, its) for name, its in rounds.items()) or "<p>No gate was reached.</p>"),
         "</div>",
         _spot_checks(events),
         _charts(state, files),
         _timeline(events, rounds),
-        _notebooks(files),
         _artifacts(files),
         _proof(state, files),
     ]
@@ -139,18 +140,21 @@ def _gate(name: str, rounds: Sequence[_Round]) -> str:
         label = f"Round {data['round']}" + ("" if now is rounds[-1] else f" (superseded, {_standing(now)[0]})")
         parts.append(
             f'<p class="soft">{text(label)}: asked {moment(now.opened.time)}, {text(data.get("quorum", 1))} of '
-            f'{text(" or ".join(data.get("roles", [])))}<br>'
-            f'over <a href="{_href(path)}">{text(evidence.get("cards", "the"))} pieces of evidence</a> '
-            f'sha256 <code>{text(str(evidence["sha256"])[:16])}…</code></p>'
+            f'{text(_roles(data, " or "))}<br>'
+            f'<a href="{_href(path)}">Evidence</a> of {text(evidence.get("cards", "–"))} cards, sha256 <code>{text(str(evidence["sha256"])[:16])}…</code></p>'
         )
         parts += [_decision(event) for event in now.decisions]
     return "".join(parts)
 
 
+def _roles(data: Mapping[str, Any], between: str) -> str:
+    return between.join(str(role).replace("_", " ") for role in data.get("roles", []))
+
+
 def _decision(event: Event) -> str:
     data = event.data
     approve = data["decision"] == "approve"
-    roles = ", ".join(str(role).replace("_", " ") for role in data.get("roles", []))
+    roles = _roles(data, ", ")
     word = pill("✔ approved" if approve else "✖ rejected", tone="good" if approve else "bad")
     comment = f"<blockquote>{text(data['comment'])}</blockquote>" if data.get("comment") else ""
     return (

@@ -135,7 +135,7 @@ def test_status_holds_what_others_rely_on(twin: dict[str, Any]) -> None:
     for path in (twin["backups"], twin["playbooks"], twin["inventory"], twin["dbmate"], twin["people"]["ada"]["key"]):
         assert Path(path).exists(), path
     with psycopg.connect(twin["endpoints"]["database"]) as session:
-        assert session.execute("SELECT count(*) FROM orders").fetchone() >= (20_000,)
+        assert session.execute("SELECT count(*) >= 20000 FROM orders").fetchone() == (True,)
 
 
 def test_users_are_served_by_the_running_release_on_every_host(twin: dict[str, Any]) -> None:
@@ -169,7 +169,11 @@ def test_secrets_are_private_and_in_no_command_line(folder: Path, twin: dict[str
     lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in supervisor.processes_of(folder)]
 
     assert not [word for word in words for line in lines if word in line]
-    for path in [folder / "supervisord.conf", *(folder / "secrets").iterdir(), *(folder / "hosts").glob("*/shared/env")]:
+    for path in [
+        folder / "supervisord.conf",
+        *(folder / "secrets").iterdir(),
+        *(folder / "hosts").glob("*/shared/env"),
+    ]:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     assert (folder / "secrets" / "vault.yml").read_text().startswith("$ANSIBLE_VAULT;1.1;AES256")
 
@@ -385,8 +389,8 @@ def test_a_failing_part_is_named_and_the_others_are_stopped(tmp_path: Path) -> N
     (broken / "postgres").write_text(
         f'#!/bin/sh\ncase "$*" in *listen_addresses*) echo "FATAL: disk on fire" >&2; exit 1;; esac\nexec {real}/postgres "$@"\n'
     )
-    for tool in broken.iterdir():
-        tool.chmod(0o755)
+    for program in broken.iterdir():
+        program.chmod(0o755)
 
     done = rehearsal("up", folder, REHEARSAL_POSTGRES_BIN=str(broken))
 

@@ -1,6 +1,8 @@
 #!/usr/bin/python
 """Ansible module: wait until an instance is healthy and serves a commit; with `timeout_s: 0`, look once."""
 
+from __future__ import annotations
+
 import json
 import time
 import urllib.error
@@ -13,7 +15,7 @@ EVERY_S = 0.1
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def look(url, commit):
+def look(url: str, commit: str) -> str | None:
     """Return None when all is well, else what is not."""
     try:
         with OPENER.open(url + "/version", timeout=5) as answer:
@@ -28,7 +30,7 @@ def look(url, commit):
     return None
 
 
-def main():
+def main() -> None:
     """Look until all is well or the time is over."""
     module = AnsibleModule(
         argument_spec={
