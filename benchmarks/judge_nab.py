@@ -25,6 +25,7 @@ from statistics import median
 
 from runbook_lib.watch import Sample, Verdict, WatchConfig, judge
 from runbook_lib.watch_config import ERRORS, P95, QUEUE, REQUESTS
+from runbook_lib.watch_series import Window
 
 STEP_S = 300.0
 BASELINE_POINTS = 60
@@ -155,7 +156,7 @@ def error_case(case: Case, rate: float, before: float, share: float, dice: rando
     requests = [max(0.1 * rate, rate * value / mean) for value in [*case.baseline, *case.current]]
     rows, step_s = [], 900.0 / len(case.current)
     for n, rps in enumerate(requests):
-        window = "baseline" if n < BASELINE_POINTS else "current"
+        window: Window = "baseline" if n < BASELINE_POINTS else "current"
         failing = before if window == "baseline" else share
         errors = poisson(rps * step_s * failing, dice) / step_s
         rows.append(Sample(n * step_s, REQUESTS, rps, window))
@@ -178,7 +179,7 @@ def measure(chosen: Sequence[Series]) -> dict[str, Counter[str]]:
         table.setdefault(row, Counter())[found] += 1
 
     for series in chosen:
-        dice = random.Random(series.name)  # noqa: S311  (a repeatable measurement, no secret)
+        dice = random.Random(series.name)
         caught = False
         for points in WATCH_POINTS:
             for case in cases(series, points, calm=True):

@@ -214,8 +214,8 @@ def _configure(folder: Path, ports: Mapping[str, int], cluster: postgres.Server,
 
 def _wait_for_shop(folder: Path, facts: Mapping[str, Any]) -> None:
     for host in hosts.WEB:
-        supervisor.wait_for(folder, host, partial(_get, facts["hosts"][host]["url"] + "/health"), timeout_s=30.0)
-    supervisor.wait_for(folder, "balancer", partial(_get, facts["endpoints"]["front"] + "/health"), timeout_s=20.0)
+        supervisor.wait_for(folder, host, partial(_get, facts["hosts"][host]["url"] + "/health"), timeout_s=60.0)
+    supervisor.wait_for(folder, "balancer", partial(_get, facts["endpoints"]["front"] + "/health"), timeout_s=60.0)
 
 
 def _fill_store(folder: Path, objects: s3.ObjectServer) -> None:
@@ -224,7 +224,7 @@ def _fill_store(folder: Path, objects: s3.ObjectServer) -> None:
 
 
 def _fill_database(folder: Path, cluster: postgres.Server) -> None:
-    supervisor.wait_for(folder, "postgres", partial(cluster.connect, postgres.ADMIN, "postgres"), timeout_s=20.0)
+    supervisor.wait_for(folder, "postgres", partial(cluster.connect, postgres.ADMIN, "postgres"), timeout_s=60.0)
     postgres.make_databases(cluster)
     # Any host will do: each has the running release.
     migrations = folder / "hosts" / hosts.WEB[0] / "current" / "db" / "migrations"

@@ -97,7 +97,7 @@ def launch(folder: Path) -> None:
     """Start the keeper and wait until it answers.
 
     Raises:
-        StackError: it did not within 10 s.
+        StackError: it did not within 30 s.
     """
     with (folder / "log" / "supervisord.out").open("ab") as log:
         subprocess.Popen(
@@ -109,7 +109,7 @@ def launch(folder: Path) -> None:
             cwd=folder,
             env={**clean_environment(), MARK: str(folder)},
         )
-    wait_for(folder, "supervisord", lambda: _ask(folder).getState(), timeout_s=10.0, log="supervisord.out")
+    wait_for(folder, "supervisord", lambda: _ask(folder).getState(), timeout_s=30.0, log="supervisord.out")
 
 
 def clean_environment() -> dict[str, str]:

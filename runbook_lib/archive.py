@@ -50,6 +50,7 @@ def seal(folder: Path, *, events: Sequence[Event], state: RunState, recorder_key
     """Turn the folder of an ended run into a record and return its statement's path.
 
     Args:
+        folder: the run's folder.
         events: all events of the run up to now, oldest first, chain checked.
         state: their fold.
         recorder_key: the private key that signs records.
@@ -87,6 +88,8 @@ def seal_review(folder: Path, *, events: Sequence[Event], recorder_key: Path, tr
     Args:
         folder: the record; its review/ holds what the review made.
         events: all events of the run, those of the review behind the sealed ones.
+        recorder_key: the private key that signs records.
+        trust: the `allowed_signers` file in force.
 
     Raises:
         UsageError: the record is not sealed, or there is no review.

@@ -40,12 +40,11 @@ _FAULTS = {"bad-release": ("bad", "rolled_back")}
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and an exit code, never a traceback."""
     try:
-        app(standalone_mode=False)
+        # Without standalone mode an Exit comes back as the return value.
+        sys.exit(app(standalone_mode=False) or 0)
     except RunbookError as error:
         _say(f"runbook: {error}")
         sys.exit(error.exit_code)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         _say("runbook: interrupted. Next: runbook status, runbook resume RUN")
         sys.exit(PausedError.exit_code)

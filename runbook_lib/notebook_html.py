@@ -15,9 +15,7 @@ from runbook_lib.pages import page, text
 # What an output may bring, best first; widgets and JavaScript have no place in a record.
 _SHOWN = ("text/html", "image/png", "image/jpeg", "text/markdown", "text/latex", "text/plain")
 _TAGS = frozenset(
-    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr "
-    "i img ins kbd li ol p pre q s samp section small span strong sub summary sup table tbody td tfoot th thead tr "
-    "tt u ul var".split()
+    ["a", "abbr", "b", "blockquote", "br", "caption", "code", "col", "colgroup", "dd", "del", "details", "div", "dl", "dt", "em", "figcaption", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "ins", "kbd", "li", "ol", "p", "pre", "q", "s", "samp", "section", "small", "span", "strong", "sub", "summary", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "tt", "u", "ul", "var"]
 )
 _GLOBAL = frozenset({"class", "id", "title", "role", "lang", "scope", "colspan", "rowspan", "aria-label", "aria-hidden"})
 _INLINE_IMAGE = re.compile(r"data:image/(?:png|jpeg|gif);base64,[A-Za-z0-9+/=\s]+\Z")
@@ -45,6 +43,7 @@ def notebook_html(notebook: Path, *, title: str) -> str:
     """Render a notebook file.
 
     Args:
+        notebook: an `.ipynb` file.
         title: the page's title, plain text.
 
     Raises:

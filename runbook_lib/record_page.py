@@ -51,6 +51,7 @@ def record_html(state: RunState, events: Sequence[Event], files: Mapping[str, Fi
     """The page index.html of a record.
 
     Args:
+        state: the fold of the events.
         events: the run's events, oldest first.
         files: the record's files by their path in it, without those that are made after this page.
     """
@@ -101,7 +102,7 @@ def _outcome(state: RunState, events: Sequence[Event]) -> str:
     """Why a run did not simply complete; nothing for one that did."""
     parts = []
     if state.rollback is not None:
-        parts.append(f"<p>The way back was taken: {text(state.rollback.get('reason', ''))}</p>")
+        parts.append(f"<p>The way back was taken: {text(str(state.rollback.get('reason', '')).partition('. Next: ')[0])}</p>")
     for event in events:
         if event.kind == "run_ended":
             rest = {key: value for key, value in event.data.items() if key != "state"}

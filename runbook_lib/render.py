@@ -181,6 +181,7 @@ def next_move(state: RunState, gate: str | None) -> str:
     """What the operator does next, in words that can be typed.
 
     Args:
+        state: where the run stands.
         gate: the name of the gate that the run waits at, if any.
     """
     run = state.run_id

@@ -80,8 +80,15 @@ class ScratchDatabase:
             return consistent_inventory(connection)
 
     def _admin(self) -> psycopg.Connection[Any]:
+        """An admin's session that is alone with this name.
+
+        The server finishes a killed client's CREATE DATABASE some time after its death: until then that one has the lock.
+        """
         params = self.params
-        return self.database.connect(params.admin_role, params.maintenance, application="runbook: scratch restore")
+        connection = self.database.connect(params.admin_role, params.maintenance, application="runbook: scratch restore")
+        connection.execute("SET lock_timeout = '60s'")
+        connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", (self.name,))
+        return connection
 
 
 def consistent_inventory(connection: psycopg.Connection[Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,11 @@ class Run:
     def trust(self) -> Path:
         """The `allowed_signers` file in force."""
         return self.folder.parent / "allowed_signers"
+
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        """The plan that was pinned when the run was opened."""
+        return dict(json.loads((self.folder / "artifacts" / "plan.json").read_bytes()))
 
     @property
     def writable(self) -> Path:

@@ -57,6 +57,11 @@ def verify(
     """Check that a key of `principal` signed these bytes for `namespace`.
 
     Args:
+        data: what was signed.
+        signature: the content of the `.sig` file.
+        principal: the signer's name in the trust file.
+        namespace: what the signature must be good for.
+        trust: an `allowed_signers` file.
         at: epoch seconds at which the key had to be valid; None means now.
 
     Raises:
@@ -209,7 +214,7 @@ def _scratch_file(content: bytes) -> tempfile._TemporaryFileWrapper[bytes]:
 def _run(arguments: Sequence[str], data: bytes, *, timeout_s: float) -> subprocess.CompletedProcess[bytes]:
     env = {name: os.environ[name] for name in ("PATH", "HOME", "SSH_AUTH_SOCK", "TMPDIR") if name in os.environ}
     try:
-        return subprocess.run(  # noqa: S603  # argv list, no shell
+        return subprocess.run(  # argv list, no shell
             ("ssh-keygen", *arguments),
             input=data,
             capture_output=True,

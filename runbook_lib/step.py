@@ -34,6 +34,10 @@ Shown = Callable[[Run], Sequence[Sequence[str]]]
 Items = Callable[[Run], Sequence[str]]
 
 
+# A kernel whose executor was killed notices within a second and ends itself.
+_ORPHAN_S = 5.0
+
+
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """The attempt that is running in this context: where its children's logs go."""
@@ -225,7 +229,7 @@ class Step:
     def _recover(self, run: Run, item: str | None, key: str, known: StepState) -> StepResult | None:
         """Settle an intent without outcome: nothing old may still run, then the probe says."""
         executor = known.intent["executor"]
-        if processes.alive(executor) and executor["pid"] != os.getpid():
+        if executor["pid"] != os.getpid() and not processes.gone_within(executor, _ORPHAN_S):
             raise PausedError(
                 f"{key} is being run by process {executor['pid']} on {executor['host']} since {known.intent_time}",
                 remedy=f"runbook status {run.run_id}",

@@ -62,7 +62,7 @@ class Found:
             yield
         except RunbookError as error:
             self.wrong(name, where, error.message)
-        except Exception as error:  # noqa: BLE001  # odd input is a finding, whatever it breaks
+        except Exception as error:  # odd input is a finding, whatever it breaks
             self.wrong(name, where, f"cannot be read: {type(error).__name__}: {error}")
         if len(self.checks) == before:
             self.checks.append(Check(name, ok=True, where=visible(where)))
@@ -161,18 +161,20 @@ def verify(record: Path, trust: Path) -> list[Check]:
             found.wrong("readable", path, what)
     at: float | None = None
     with found.part("statement", STATEMENT):
-        statement = _statement(tree, trust, RECORD_TYPE)
+        statement = _statement(tree, RECORD_TYPE)
         at = epoch_s(statement["predicate"]["sealed"])
+    with found.part("signature", SIGNATURE):
+        _check_signature(tree, trust, at)
     _check_files(found, "", tree, statement)
     with found.part("ledger", LEDGER):
         events = _ledger(tree, GENESIS, 0)
         check_chain(events)
     state = RunState()
     with found.part("ledger and statement agree", LEDGER):
-        if not events:
-            raise VerificationError("there is no ledger to compare")
+        if not events or not statement:
+            raise VerificationError("there are no ledger and statement to compare")
         state = fold(events)
-        _agree(statement.get("predicate", {}), events, state)
+        _agree(statement["predicate"], events, state)
     params: Mapping[str, Any] = {}
     with found.part("params", "params.json"):
         params = tree.read_json("params.json")
@@ -186,22 +188,21 @@ def verify(record: Path, trust: Path) -> list[Check]:
     return found.checks
 
 
-def _statement(tree: Tree, trust: Path, kind: str) -> dict[str, Any]:
-    data, signature = tree.read(STATEMENT), tree.read(SIGNATURE)
-    if not signatures.canonical_signature(signature):
-        raise VerificationError(f"{SIGNATURE} is not in the form that ssh-keygen writes")
-    value = parse_canonical(data, STATEMENT)
+def _statement(tree: Tree, kind: str) -> dict[str, Any]:
+    value = tree.read_json(STATEMENT)
     if value["_type"] != STATEMENT_TYPE or value["predicateType"] != kind:
         raise VerificationError(f"it is a {value['predicateType']!r}, not a {kind!r}")
-    signatures.verify(
-        data,
-        signature,
-        principal=signatures.RECORDER,
-        namespace=signatures.RECORD_NAMESPACE,
-        trust=trust,
-        at=epoch_s(value["predicate"]["sealed"]),
-    )
     return dict(value)
+
+
+def _check_signature(tree: Tree, trust: Path, at: float | None) -> None:
+    """The recorder signed the statement with a key that was valid at the time that the statement names."""
+    data, signature = tree.read(STATEMENT), tree.read(SIGNATURE)
+    if not signatures.canonical_signature(signature):
+        raise VerificationError("it is not in the form that ssh-keygen writes")
+    signatures.verify(
+        data, signature, principal=signatures.RECORDER, namespace=signatures.RECORD_NAMESPACE, trust=trust, at=at
+    )
 
 
 def _check_files(found: Found, prefix: str, tree: Tree, statement: Mapping[str, Any]) -> None:
@@ -211,7 +212,7 @@ def _check_files(found: Found, prefix: str, tree: Tree, statement: Mapping[str, 
     with found.part("files" if not prefix else "review files", prefix or "."):
         name = "files" if not prefix else "review files"
         if not statement:
-            raise VerificationError("there is no valid statement to compare them with")
+            raise VerificationError("there is no statement to compare them with")
         for subject in statement["subject"]:
             path, value = subject["name"], subject["digest"]["sha256"]
             if path in signed or not isinstance(path, str) or not _HEX.fullmatch(value):
@@ -224,7 +225,7 @@ def _check_files(found: Found, prefix: str, tree: Tree, statement: Mapping[str, 
                 found.wrong(name, prefix + path, "was added: the statement does not name it")
             elif actual[path] != signed[path]:
                 found.wrong(name, prefix + path, f"was changed: sha256 is {actual[path][:16]}…, signed is {signed[path][:16]}…")
-    with found.part("SHA256SUMS", prefix + SUMS):
+    with found.part("SHA256SUMS" if not prefix else "review SHA256SUMS", prefix + SUMS):
         if tree.read(SUMS) != sums({path: value for path, value in actual.items() if path != SUMS}):
             raise VerificationError("it is not the list of the files that are there")
 
@@ -290,6 +291,8 @@ def _check_review(found: Found, record: Path, trust: Path, events: list[Event], 
     """The addendum: signed apart, bound to the main statement, its ledger going on where the sealed one ended."""
     prefix = f"{REVIEW}/"
     tree, statement = Tree(record / REVIEW), {}
+    at: float | None = None
+    state: RunState | None = None
     with found.part("review readable", prefix):
         if (record / REVIEW).is_symlink() or not (record / REVIEW).is_dir():
             raise VerificationError("is no folder")
@@ -299,9 +302,12 @@ def _check_review(found: Found, record: Path, trust: Path, events: list[Event], 
     with found.part("review statement", prefix + STATEMENT):
         if STATEMENT not in tree.digests or SIGNATURE not in tree.digests:
             raise VerificationError("the review is not signed: runbook review RUN finishes it")
-        statement = _statement(tree, trust, REVIEW_TYPE)
+        statement = _statement(tree, REVIEW_TYPE)
+        at = epoch_s(statement["predicate"]["sealed"])
         if statement["predicate"]["record"]["sha256"] != main:
             raise VerificationError("it was made for another record")
+    with found.part("review signature", prefix + SIGNATURE):
+        _check_signature(tree, trust, at)
     _check_files(found, prefix, tree, statement)
     with found.part("review ledger", prefix + LEDGER):
         if not events:
@@ -312,5 +318,6 @@ def _check_review(found: Found, record: Path, trust: Path, events: list[Event], 
         said = statement.get("predicate", {})
         if (said.get("ledger"), said.get("run_id")) != ({"head": last.hash, "events": last.seq}, events[0].run_id):
             raise VerificationError("its end is not what the review's statement says")
-        _check_artifacts(found, tree, fold([*events, *more]), prefix)
+        state = fold([*events, *more])
+    _check_artifacts(found, tree, state or RunState(), prefix)
     _check_html(found, prefix, tree)

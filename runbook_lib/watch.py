@@ -17,6 +17,7 @@ from runbook_lib.watch_config import (
     ERRORS,
     P95,
     REQUESTS,
+    SHORTEST_STEP_S,
     Effect,
     WatchConfig,
     config_from_mapping,
@@ -215,7 +216,7 @@ class _Bench:
                 by_instance = self.tracks.get((name, window), {})
                 steps = [step for track in by_instance.values() if (step := track.step_s())]
                 if steps:
-                    return median(steps)
+                    return max(SHORTEST_STEP_S, median(steps))
         return self.config.duration_s
 
     def _whole(self, metric: str, window: str) -> Track | None:
@@ -287,7 +288,11 @@ class _Bench:
         return MetricJudgement(
             together(finding.verdict for finding in findings),
             tuple(dict.fromkeys(why for finding in findings for why in finding.reasons)),
-            {"points": len(track.finite), "points_expected": span.expected}
+            {
+                "points": len(track.finite),
+                "points_expected": span.expected,
+                "minute_s": span.length_s / MINUTES,
+            }
             | {key: value for finding in findings for key, value in finding.figures.items()},
             {key: value for finding in findings for key, value in finding.thresholds.items()},
         )
@@ -300,7 +305,8 @@ class _Bench:
         if metric in DEFAULT_METRICS and any(value < 0 for value in track.finite):
             yield f"negative samples, the least {show(min(track.finite))}: the query is wrong, not the service"
         if made:
-            return
+            # A moment at which one instance is silent is a hole in the sum but not in anybody's reporting.
+            track = Track(track.times_s, (0.0,) * len(track.times_s))
         points, ratio = len(track.finite), span.present_ratio(track)
         conflicts = f", {track.conflicts} moments with two values" if track.conflicts else ""
         if points < MIN_POINTS:

@@ -14,6 +14,10 @@ QUEUE = "queue_depth_jobs"
 DEFAULT_METRICS = (P95, REQUESTS, ERRORS, QUEUE)
 
 
+SHORTEST_STEP_S = 0.001  # nobody samples a service faster; keeps counts of due samples finite
+LONGEST_S = 31 * 86400  # a watch of a month is a slip of units
+
+
 @dataclass(frozen=True, slots=True)
 class Effect:
     """The least change of one metric that matters to a user; smaller changes are never red.
@@ -83,6 +87,11 @@ def config_from_mapping(mapping: Mapping[str, object]) -> WatchConfig:
         return _number(mapping.get(key, getattr(default, key)), f"watch.{key}", above_zero=above_zero)
 
     interval = mapping.get("interval_s")
+    duration_s = number("duration_s", above_zero=True)
+    if not 1 <= duration_s <= LONGEST_S:
+        raise ValueError(f"watch.duration_s: {duration_s!r} is not between 1 and {LONGEST_S}")
+    if interval is not None and _number(interval, "watch.interval_s") < SHORTEST_STEP_S:
+        raise ValueError(f"watch.interval_s: {interval!r} is under {SHORTEST_STEP_S}")
     metrics = _names(mapping.get("metrics", default.metrics), "watch.metrics")
     if not metrics:
         raise ValueError("watch.metrics: empty; name at least one metric")
@@ -93,7 +102,7 @@ def config_from_mapping(mapping: Mapping[str, object]) -> WatchConfig:
             if metric not in metrics:
                 raise ValueError(f"watch.{section}.{metric}: not one of watch.metrics ({', '.join(metrics)})")
     return WatchConfig(
-        duration_s=number("duration_s", above_zero=True),
+        duration_s=duration_s,
         interval_s=None if interval is None else _number(interval, "watch.interval_s", above_zero=True),
         metrics=metrics,
         hard_limits={name: _number(limit, f"watch.hard_limits.{name}") for name, limit in limits.items()},

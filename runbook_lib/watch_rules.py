@@ -209,7 +209,9 @@ def by_share(
         "bad_minutes": sum(bad),
         "minutes": tuple(None if piece is None else piece.errors for piece in known),
     }
-    thresholds = {"red_beyond_share": bad_at, "green_within_share": suspect_at}
+    # As a rate at the traffic of the watch, so that a chart of errors per second can show it.
+    rate = fmean([piece.requests for piece in there]) if there else 0.0
+    thresholds = {"red_beyond_share": bad_at, "green_within_share": suspect_at, "red_beyond": bad_at * rate}
     said = (
         f"{show(100 * share)} % of {per} fail in {sum(bad)} of {MINUTES} minutes" if per == "requests"
         else f"{show(share)} errors/s in {sum(bad)} of {MINUTES} minutes"

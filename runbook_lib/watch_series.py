@@ -46,15 +46,17 @@ def read_series(text: str) -> list[Sample]:
         ValueError: a column is missing or a line cannot be read; the message names the line.
     """
     reader = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
-    samples = []
+    samples: list[Sample] = []
     try:
         header = [name.strip().lower() for name in next(reader, [])]
         missing = [name for name in COLUMNS if name not in header]
         if missing:
             raise ValueError(f"line 1: no column {', '.join(missing)}; a series needs {','.join(COLUMNS)}")
-        for row in reader:
-            if any(cell.strip() for cell in row):
-                samples.append(_sample(dict(zip(header, map(str.strip, row), strict=False)), reader.line_num))
+        samples.extend(
+            _sample(dict(zip(header, map(str.strip, row), strict=False)), reader.line_num)
+            for row in reader
+            if any(cell.strip() for cell in row)
+        )
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num}: not CSV: {error}") from error
     return samples

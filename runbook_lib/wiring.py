@@ -252,10 +252,10 @@ def _services(params: Params, secrets: Secrets, scratch: Path, folder: Path) -> 
 
     database = params.database
     # The tools beside this interpreter, and the database client that the params name, come first.
-    for folder in (str(Path(sys.executable).parent), database.bin):
+    for programs in (str(Path(sys.executable).parent), database.bin):
         path = os.environ.get("PATH", "")
-        if folder and folder not in path.split(os.pathsep):
-            os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
+        if programs and programs not in path.split(os.pathsep):
+            os.environ["PATH"] = f"{programs}{os.pathsep}{path}"
     store = params.backup.store
     messages = params.messages
     return Services(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
@@ -17,7 +18,8 @@ from runbook_lib.errors import StepInDoubtError
 
 # Writes "pid starttime boot_id" under a scratch name and renames it, runs the command, then does the same with its
 # exit status: a later process finds both or neither.
-# $1 the pid file, $2 the exit file; the rest is the command.
+# $1 the pid file, $2 the exit file; the rest is the command. Its standard input is the file whose lock says that it
+# lives, from the moment of the fork on: a pid file alone comes too late for an executor that is killed before it.
 WRAPPER = """
 set -u
 pidfile=$1; exitfile=$2; shift 2
@@ -28,7 +30,7 @@ for word in $rest; do i=$((i+1)); if [ $i -eq 20 ]; then start=$word; break; fi;
 set +f
 read -r boot < /proc/sys/kernel/random/boot_id
 printf '%s %s %s\\n' $$ "$start" "$boot" > "$pidfile.part" && mv "$pidfile.part" "$pidfile"
-"$@"
+"$@" < /dev/null
 status=$?
 printf '%s\\n' $status > "$exitfile.part" && mv "$exitfile.part" "$exitfile"
 exit $status
@@ -66,6 +68,16 @@ def alive(process: Mapping[str, Any]) -> bool:
     )
 
 
+def gone_within(process: Mapping[str, Any], seconds: float) -> bool:
+    """True as soon as that process no longer runs here; False when it still does after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while alive(process):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def wait_for_children(folder: Path, *, timeout_s: float) -> None:
     """Wait until every command recorded in a step's folder has ended.
 
@@ -73,6 +85,8 @@ def wait_for_children(folder: Path, *, timeout_s: float) -> None:
         StepInDoubtError: one still runs after `timeout_s` seconds, or its wrapper died and its group lives on.
     """
     deadline = time.monotonic() + timeout_s
+    for record in sorted(folder.rglob("*.lock")):
+        _wait_lock(deadline, record)
     for record in sorted(folder.rglob("*.pid")):
         words = record.read_text().split()
         if len(words) != 3 or words[2] != boot_id():
@@ -109,6 +123,20 @@ def group_members(pgid: int) -> list[int]:
             if int(fields[2]) == pgid and fields[0] not in "ZX":
                 members.append(int(entry.name))
     return members
+
+
+def _wait_lock(deadline: float, record: Path) -> None:
+    """A wrapper holds its lock from its fork to its end; nobody else does."""
+    with record.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StepInDoubtError(f"its command ({record.stem}) still runs", remedy="wait, or end it") from None
+                time.sleep(0.05)
+            else:
+                return
 
 
 def _wait(pid: int, deadline: float, record: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -35,7 +36,7 @@ class LocalShell:
         folder = self.folder()
         folder.mkdir(parents=True, exist_ok=True)
         stem = re.sub(r"[^A-Za-z0-9_.@-]", "-", name)
-        log, pid_file, exit_file = (folder / f"{stem}.{kind}" for kind in ("log", "pid", "exit"))
+        log, pid_file, exit_file, lock_file = (folder / f"{stem}.{kind}" for kind in ("log", "pid", "exit", "lock"))
         for stale in (pid_file, exit_file):
             stale.unlink(missing_ok=True)
         program = shutil.which(command.argv[0], path=command.env.get("PATH", os.environ.get("PATH", "")))
@@ -45,9 +46,11 @@ class LocalShell:
         with ExitStack() as stack:
             out = stack.enter_context(log.open("wb"))
             stdout = stack.enter_context(command.stdout.open("wb")) if command.stdout else out
+            alive = stack.enter_context(lock_file.open("a+b"))
+            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
             child = subprocess.Popen(  # noqa: S603  # argv, never a shell string: the script is the constant above
                 ("sh", "-c", WRAPPER, "sh", str(pid_file), str(exit_file), program, *command.argv[1:]),
-                stdin=subprocess.DEVNULL,
+                stdin=alive,
                 stdout=stdout,
                 stderr=out,
                 cwd=command.cwd,
@@ -64,6 +67,7 @@ class LocalShell:
                 ) from None
             finally:
                 self.secrets.redact_file(log)
+        lock_file.unlink(missing_ok=True)
         done = Completed(command.argv, exit_code, log, time.monotonic() - started)
         if exit_code not in command.ok_exits:
             last = done.tail(3).strip().replace("\n", " | ") or "it said nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import posixpath
 import tarfile
@@ -69,14 +70,18 @@ def contents(archive: Path) -> dict[str, str]:
         tarfile.TarError, EOFError, OSError, zlib.error: it is damaged or cut.
     """
     found = {}
-    with tarfile.open(archive, "r|gz", errorlevel=2) as tar:
-        for member in tar:
-            file = tar.extractfile(member) if member.isfile() else None
-            if file is not None:
-                digest = hashlib.sha256()
-                while block := file.read(_BLOCK_BYTES):
-                    digest.update(block)
-                found[_clean(member.name)] = digest.hexdigest()
+    # tarfile's own "r|gz" neither checks gzip's checksum nor reads past the last member: gzip itself does both.
+    with gzip.open(archive) as stream:
+        with tarfile.open(fileobj=stream, mode="r|", errorlevel=2) as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is not None:
+                    digest = hashlib.sha256()
+                    while block := file.read(_BLOCK_BYTES):
+                        digest.update(block)
+                    found[_clean(member.name)] = digest.hexdigest()
+        while stream.read(_BLOCK_BYTES):
+            pass
     return found
 
 

@@ -18,10 +18,8 @@ _FEWEST_POINTS, _COMPLETE = 20, 0.95
 
 
 def window_minutes(run: Run) -> int:
-    """The read-only window that is announced, in minutes, computed from the plan."""
-    from runbook_lib.plan import read_only_s  # the plan knows all phases, this one among them
-
-    return max(1, math.ceil(read_only_s(run) / 60))
+    """The read-only window that is announced, in minutes, as the pinned plan computed it."""
+    return max(1, math.ceil(run.plan["read_only_s"] / 60))
 
 
 @step("Check that the watch has its baseline", recovery=Recovery.REPEAT, owner="On-call", expected_s=5.0)
@@ -80,7 +78,7 @@ def _announced(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
 
 @announce_start.plan
 def _plan_announce(run: Run) -> list[tuple[str, ...]]:
-    return [("chat", run.params.messages.deployments, f"starting now, about {window_minutes(run)} min read-only")]
+    return [("chat", run.params.messages.deployments, "starting now, with the read-only window of this plan")]
 
 
 @step(

@@ -28,7 +28,8 @@ def rows(
     early = range(round(4 * duration_s / step_s))
     late = range(round(duration_s / step_s))
     return [
-        Sample(START_S - (len(early) - n) * step_s, metric, before(n / len(early)), "baseline", instance) for n in early
+        Sample(START_S - (len(early) - n) * step_s, metric, before(n / len(early)), "baseline", instance)
+        for n in early
     ] + [Sample(START_S + n * step_s, metric, during(n / len(late)), "current", instance) for n in late]
 
 
@@ -172,18 +173,26 @@ def test_a_queue_that_grows_without_a_pause_is_red() -> None:
 
 def test_one_sick_instance_of_three_does_not_hide() -> None:
     watch = calm()
-    watch[P95] = [s for name in "abc" for s in rows(P95, flat(0.2), flat(0.7 if name == "b" else 0.2), instance=name)]
+    watch[P95] = [
+        s for name in "abc" for s in rows(P95, flat(0.2), flat(0.7 if name == "b" else 0.2), instance=name)
+    ]
 
     judged = judge(everything(watch)).metrics[P95]
 
     assert judged.verdict == "red"
-    assert {name: one.verdict for name, one in judged.instances.items()} == {"a": "green", "b": "red", "c": "green"}
+    assert {name: one.verdict for name, one in judged.instances.items()} == {
+        "a": "green",
+        "b": "red",
+        "c": "green",
+    }
 
 
 def test_one_instance_that_fails_requests_does_not_hide() -> None:
     watch = calm()
     watch[REQUESTS] = [s for name in "abc" for s in rows(REQUESTS, flat(20), flat(20), instance=name)]
-    watch[ERRORS] = [s for name in "abc" for s in rows(ERRORS, flat(0), flat(0.3 * (name == "b")), instance=name)]
+    watch[ERRORS] = [
+        s for name in "abc" for s in rows(ERRORS, flat(0), flat(0.3 * (name == "b")), instance=name)
+    ]
 
     assert verdict(watch) == "red"
 
@@ -204,7 +213,9 @@ def test_instances_that_scrape_at_different_moments_are_added_up() -> None:
 # --- hard limits
 
 
-@pytest.mark.parametrize(("minutes", "expected"), [(0, "green"), (1, "green"), (2, "inconclusive"), (3, "red")])
+@pytest.mark.parametrize(
+    ("minutes", "expected"), [(0, "green"), (1, "green"), (2, "inconclusive"), (3, "red")]
+)
 def test_a_hard_limit_is_broken_in_three_minutes(minutes: int, expected: str) -> None:
     watch = calm()
     watch[P95] = rows(P95, flat(0.2), lambda part: 0.25 if 5 / 15 <= part < (5 + minutes) / 15 else 0.2)
@@ -352,7 +363,10 @@ def test_new_instance_names_are_compared_with_the_old_ones_together() -> None:
 
     judged = judge(everything(watch)).metrics[P95]
 
-    assert {name: one.verdict for name, one in judged.instances.items()} == {"current-a": "green", "current-b": "red"}
+    assert {name: one.verdict for name, one in judged.instances.items()} == {
+        "current-a": "green",
+        "current-b": "red",
+    }
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, -1.0])
@@ -392,7 +406,9 @@ def test_last_hour_and_last_week_must_agree() -> None:
 
 
 def test_a_series_file_is_read() -> None:
-    text = "time,metric,value,window,instance\n2026-01-02T03:04:05Z,m,1.5,baseline,a\n1767323046,m,,current,\n"
+    text = (
+        "time,metric,value,window,instance\n2026-01-02T03:04:05Z,m,1.5,baseline,a\n1767323046,m,,current,\n"
+    )
 
     first, second = read_series(text)
 
@@ -464,7 +480,12 @@ def test_what_is_printed_has_the_contract_s_keys() -> None:
 
 
 def test_a_config_is_read_alone_or_under_its_section() -> None:
-    table = {"duration_s": 60, "metrics": [P95, "cpu"], "hard_limits": {P95: 2}, "effects": {"cpu": {"relative": 1}}}
+    table = {
+        "duration_s": 60,
+        "metrics": [P95, "cpu"],
+        "hard_limits": {P95: 2},
+        "effects": {"cpu": {"relative": 1}},
+    }
     config = config_from_mapping(table)
 
     assert config == config_from_mapping({"watch": table})
@@ -504,12 +525,19 @@ VALUES = st.one_of(st.floats(), st.floats(0, 100), st.just(0.0))
 TIMES = st.one_of(st.integers(0, 100), st.floats(-1e12, 1e12))
 ANYTHING = st.lists(
     st.builds(
-        Sample, TIMES, METRICS, VALUES, st.sampled_from(["baseline", "current"]), st.sampled_from([None, "a", "b"])
+        Sample,
+        TIMES,
+        METRICS,
+        VALUES,
+        st.sampled_from(["baseline", "current"]),
+        st.sampled_from([None, "a", "b"]),
     ),
     max_size=60,
 )
 LIMITS = st.dictionaries(st.sampled_from([P95, REQUESTS, ERRORS, QUEUE]), st.floats(0, 10), max_size=2)
-CONFIGS = st.builds(WatchConfig, st.sampled_from([20.0, 100.0, 900.0]), st.sampled_from([None, 1.0]), hard_limits=LIMITS)
+CONFIGS = st.builds(
+    WatchConfig, st.sampled_from([20.0, 100.0, 900.0]), st.sampled_from([None, 1.0]), hard_limits=LIMITS
+)
 
 
 @settings(max_examples=400, deadline=None)
@@ -549,7 +577,9 @@ def test_worse_values_never_turn_red_to_green(
     sign = -1 if metric == REQUESTS else 1
     later = {
         **watch,
-        metric: current(watch[metric], lambda n, s: replace(s, value=max(0.0, s.value + sign * scale * worse[n]))),
+        metric: current(
+            watch[metric], lambda n, s: replace(s, value=max(0.0, s.value + sign * scale * worse[n]))
+        ),
     }
 
     if verdict(watch, config) != "green":
@@ -566,15 +596,22 @@ def test_losing_points_never_turns_doubt_into_green(
     watch = stepped(metric, levels, scale)
     before = verdict(watch, config)
 
-    for lose in (lambda s: missing(s), lambda _: None):
-        holes = {**watch, metric: current(watch[metric], lambda n, s, lose=lose: lose(s) if n in places else s)}  # type: ignore[misc]
+    def emptied(n: int, sample: Sample) -> Sample:
+        return missing(sample) if n in places else sample
+
+    def dropped(n: int, sample: Sample) -> Sample | None:
+        return None if n in places else sample
+
+    for lose in (emptied, dropped):
         if before != "green":
-            assert verdict(holes, config) != "green"
+            assert verdict({**watch, metric: current(watch[metric], lose)}, config) != "green"
 
 
 @settings(max_examples=150, deadline=None)
 @given(LEVELS, PLACES, st.sampled_from([0.3, 1.0, 10.0]))
-def test_losing_points_never_turns_red_errors_green(levels: list[float], places: set[int], scale: float) -> None:
+def test_losing_points_never_turns_red_errors_green(
+    levels: list[float], places: set[int], scale: float
+) -> None:
     watch = stepped(ERRORS, levels, scale)
     holes = {**watch, ERRORS: current(watch[ERRORS], lambda n, s: missing(s) if n in places else s)}
 

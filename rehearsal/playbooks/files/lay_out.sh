@@ -3,6 +3,9 @@
 set -eu
 umask 022
 cd "$home"
+# A play that was killed may leave this script running for a moment: the next one waits for it.
+exec 9> .deploy.lock
+flock -w 60 9 || { echo "another deployment has held $home for 60 s" >&2; exit 1; }
 git --git-dir="$repository" cat-file -e "$git_ref^{commit}" 2>/dev/null ||
     { echo "$git_ref is no commit of $repository; push it there first" >&2; exit 1; }
 

@@ -1,0 +1,76 @@
+"""The notebooks stay thin, clean and safe; and they walk a release untouched."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from conftest import ROOT, Project
+from runbook_lib.phases import ALL, name_of, notebook_of
+
+NOTEBOOKS = sorted((ROOT / "runbooks").glob("[0-9]*.ipynb"))
+
+
+def code_cells(path: Path) -> list:
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+
+
+def test_there_is_one_notebook_a_phase() -> None:
+    assert [p.name for p in NOTEBOOKS] == [notebook_of(name_of(module)) for module in ALL]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_committed_without_outputs_and_with_text_before_each_cell(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+
+    for before, cell in zip(cells, cells[1:], strict=False):
+        if cell.cell_type == "code":
+            assert before.cell_type == "markdown"
+            assert not cell.outputs
+            assert cell.execution_count is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_cell_holds_calls_and_nothing_clever(path: Path) -> None:
+    forbidden = (ast.FunctionDef, ast.If, ast.For, ast.While, ast.JoinedStr, ast.Lambda, ast.ClassDef, ast.Try)
+    for cell in code_cells(path):
+        assert not [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, forbidden)], cell.source
+
+
+@pytest.mark.parametrize("module", ALL, ids=name_of)
+def test_a_notebook_calls_every_step_of_its_phase_once_in_order(module: object) -> None:
+    phase = name_of(module)  # type: ignore[arg-type]
+    cells = [c.source for c in code_cells(ROOT / "runbooks" / notebook_of(phase))]
+
+    assert cells[0] == 'environment = "rehearsal"\nversion = ""\nrun_id = ""'
+    assert cells[2:] == [f"{phase}.{step.name}(run)" for step in module.STEPS]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_parameters_cell_is_tagged(path: Path) -> None:
+    assert code_cells(path)[0].metadata.tags == ["parameters"]
+
+
+def test_untouched_notebooks_walk_a_rehearsal_release_that_the_twins_people_sign(project: Project) -> None:
+    done = subprocess.run(
+        (sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(project.root), "runbooks"),
+        env=project.env,
+        cwd=project.root,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+    assert done.returncode == 0, done.stdout[-6000:]
+    (run,) = project.runs()
+    steps = project.runbook("status", run.name)
+    assert "complete" in steps.stdout
+    facts = project.facts
+    for host in facts["hosts"].values():
+        if "url" in host:
+            assert facts["commits"][facts["versions"]["next"]] in (Path(host["home"]) / "current" / "REVISION").read_text()

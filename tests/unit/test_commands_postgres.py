@@ -1,0 +1,125 @@
+"""The argv of PostgreSQL's programs word for word, and what is read from their output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runbook_lib.adapters import inventory
+from runbook_lib.commands import postgres
+
+SERVER = postgres.Server("10.0.0.5", 5432, "/etc/runbook/pgpass")
+DUMP = Path("/backups/run.dump")
+
+
+def test_dump() -> None:
+    command = postgres.dump(SERVER, "backup_user", "prod_db", snapshot="00000003-1", into=DUMP, timeout_s=7200.0)
+
+    assert command.argv == (
+        "pg_dump",
+        "--format=custom",
+        "--no-acl",
+        "--no-owner",
+        "--snapshot=00000003-1",
+        "--lock-wait-timeout=30000",
+        "--host=10.0.0.5",
+        "--port=5432",
+        "--username=backup_user",
+        "--no-password",
+        "--dbname=prod_db",
+        "--file=/backups/run.dump",
+    )
+    assert command.env["PGPASSFILE"] == "/etc/runbook/pgpass"
+    assert "PGPASSWORD" not in command.env
+    assert command.timeout_s == 7200.0
+
+
+def test_restore_stops_at_the_first_error() -> None:
+    command = postgres.restore(SERVER, "postgres", "runbook_scratch_1", DUMP, timeout_s=60.0)
+
+    assert command.argv == (
+        "pg_restore",
+        "--exit-on-error",
+        "--no-acl",
+        "--no-owner",
+        "--host=10.0.0.5",
+        "--port=5432",
+        "--username=postgres",
+        "--no-password",
+        "--dbname=runbook_scratch_1",
+        "/backups/run.dump",
+    )
+
+
+def test_reading() -> None:
+    assert postgres.list_contents(DUMP).argv == ("pg_restore", "--list", "/backups/run.dump")
+    assert postgres.read_through(DUMP, timeout_s=1.0).argv == ("pg_restore", "--file=/dev/null", "/backups/run.dump")
+
+
+@pytest.mark.parametrize(
+    ("said", "major"),
+    [
+        ("pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)", 15),
+        ("pg_dump (PostgreSQL) 18.1", 18),
+        ("pg_dump (PostgreSQL) 9.6.24", 9),
+        ("pg_dump (PostgreSQL) 19devel", 19),
+        ("nothing of the kind", 0),
+    ],
+)
+def test_major_version(said: str, major: int) -> None:
+    assert postgres.major(said) == major
+
+
+def test_tables_listed() -> None:
+    listing = (
+        ";\n; Archive created at 2026\n;\n"
+        "215; 1259 16390 TABLE public orders postgres\n"
+        "3360; 0 16390 TABLE DATA public orders postgres\n"
+        "3361; 0 0 SEQUENCE SET public orders_id_seq postgres\n"
+        "; 3362; 0 16390 TABLE DATA public hidden postgres\n"
+    )
+
+    assert postgres.tables_listed(listing) == 1
+
+
+def _inventory(**tables: tuple[int, str]) -> dict[str, object]:
+    return {
+        "tables": {name: {"rows": rows, "content": content} for name, (rows, content) in tables.items()},
+        "sequences": {"public.s": {"last_value": "10", "is_called": True}},
+        "structure": {"indexes": {"public.i": "d1"}},
+        "large_objects": 0,
+    }
+
+
+def test_inventories_that_are_equal_have_no_differences() -> None:
+    assert inventory.differences(_inventory(a=(1, "x")), _inventory(a=(1, "x"))) == []
+
+
+def test_every_difference_is_said() -> None:
+    source = _inventory(a=(1, "x"), b=(2, "y"), c=(3, "z"))
+    restored = _inventory(a=(1, "other"), b=(1, "y"), d=(0, ""))
+    restored |= {
+        "sequences": {"public.s": {"last_value": "9", "is_called": True}},
+        "structure": {"indexes": {"public.j": "d1"}},
+        "large_objects": 2,
+    }
+
+    said = inventory.differences(source, restored)
+
+    assert said == [
+        "table a has other content in its 1 rows",
+        "table b has 1 rows instead of 2",
+        "table c is missing",
+        "table d was not in the source",
+        "sequence public.s stands at 9, before 10",
+        "indexes: public.i is missing",
+        "indexes: public.j was not in the source",
+        "2 large objects instead of 0",
+    ]
+
+
+def test_a_sequence_may_have_moved_on() -> None:
+    restored = {**_inventory(), "sequences": {"public.s": {"last_value": "12", "is_called": True}}}
+
+    assert inventory.differences(_inventory(), restored) == []

@@ -1,0 +1,98 @@
+"""A command outlives its starter and is found again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runbook_lib.adapters import processes
+from runbook_lib.adapters.secrets import Secrets
+from runbook_lib.adapters.shell import LocalShell
+from runbook_lib.errors import StepFailedError, StepInDoubtError
+from runbook_lib.model import Command
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> LocalShell:
+    return LocalShell(lambda: tmp_path, Secrets())
+
+
+def test_a_command_leaves_its_pid_log_and_exit_status(shell: LocalShell, tmp_path: Path) -> None:
+    done = shell.run(Command(("sh", "-c", "echo out; echo err >&2; exit 3"), ok_exits=(3,)), name="three")
+
+    assert (done.exit_code, done.output) == (3, "out\nerr\n")
+    assert (tmp_path / "three.exit").read_text() == "3\n"
+    pid, start, boot = (tmp_path / "three.pid").read_text().split()
+    assert int(pid) > 1
+    assert int(start) > 0
+    assert boot == processes.boot_id()
+
+
+def test_a_wrong_exit_status_fails_with_the_last_words(shell: LocalShell) -> None:
+    with pytest.raises(StepFailedError, match="exited 7: disk full"):
+        shell.run(Command(("sh", "-c", "echo disk full; exit 7")), name="seven")
+
+
+def test_a_time_out_ends_the_whole_group(shell: LocalShell, tmp_path: Path) -> None:
+    script = "sleep 60 & echo $! > child; wait"
+    with pytest.raises(StepFailedError, match=r"after 0\.5 s"):
+        shell.run(Command(("sh", "-c", script), timeout_s=0.5, cwd=tmp_path), name="slow")
+
+    child = int((tmp_path / "child").read_text())
+    assert processes.start_time(child) is None
+
+
+def test_arguments_are_never_read_by_a_shell(shell: LocalShell, tmp_path: Path) -> None:
+    done = shell.run(Command(("printf", "%s\n", "$(touch pwned); `id` | x", "-o"), cwd=tmp_path), name="literal")
+
+    assert done.output == "$(touch pwned); `id` | x\n-o\n"
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_secrets_are_redacted_in_the_log(tmp_path: Path) -> None:
+    secrets = Secrets()
+    secrets.remember("hunter2-secret")
+
+    done = LocalShell(lambda: tmp_path, secrets).run(Command(("echo", "password hunter2-secret")), name="leak")
+
+    assert "hunter2" not in done.output
+
+
+def test_a_child_whose_starter_was_killed_is_waited_for(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from runbook_lib.adapters.shell import LocalShell; from runbook_lib.adapters.secrets import Secrets\n"
+        "from runbook_lib.model import Command\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "LocalShell(lambda: folder, Secrets()).run(Command(('sh', '-c', f'while [ ! -e {folder}/go ]; do sleep 0.05; done; echo done > {folder}/effect')), name='held')\n"
+    )
+    starter = subprocess.Popen((sys.executable, "-c", code))
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "held.pid").exists():
+        assert time.monotonic() < deadline
+    os.kill(starter.pid, signal.SIGKILL)
+    starter.wait()
+    with pytest.raises(StepInDoubtError, match="still runs"):
+        processes.wait_for_children(tmp_path, timeout_s=0.2)
+
+    (tmp_path / "go").touch()
+    processes.wait_for_children(tmp_path, timeout_s=20)
+
+    assert (tmp_path / "effect").read_text() == "done\n"
+    assert (tmp_path / "held.exit").read_text() == "0\n"
+
+
+def test_a_reused_pid_is_not_taken_for_the_old_process(tmp_path: Path) -> None:
+    (tmp_path / "old.pid").write_text(f"{os.getpid()} 1 {processes.boot_id()}\n")
+    (tmp_path / "old.exit").write_text("0\n")
+
+    processes.wait_for_children(tmp_path, timeout_s=0.1)
+
+    assert not processes.alive({**processes.me(), "start": 1})
+    assert processes.alive(processes.me())
