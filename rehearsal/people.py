@@ -28,8 +28,12 @@ JOB_TIMEOUT_S = 15.0
 
 
 def make_people(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Make everybody's key and the recorder's below `folder`; returns the people and the recorder."""
-    folder.mkdir(mode=0o700)
+    """Make everybody's key and the recorder's below `folder`; returns the people and the recorder.
+
+    Keys that are there are used again: a world is made anew, but its people stay who they are, so that yesterday's
+    records go on verifying.
+    """
+    folder.mkdir(mode=0o700, exist_ok=True)
     people: dict[str, Any] = {}
     for name, (full, roles) in PEOPLE.items():
         people[name] = {"name": full, "roles": list(roles), **_make_key(folder / name)}
@@ -37,12 +41,14 @@ def make_people(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _make_key(path: Path) -> dict[str, str]:
-    subprocess.run(
-        ("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.name, "-f", str(path)),
-        check=True,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-    )
+    if not path.with_suffix(".pub").exists():
+        path.unlink(missing_ok=True)
+        subprocess.run(
+            ("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.name, "-f", str(path)),
+            check=True,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        )
     kind, key, *_ = path.with_suffix(".pub").read_text(encoding="utf-8").split()
     return {"key": str(path), "public_key": f"{kind} {key}"}
 

@@ -112,7 +112,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _clear(folder: Path) -> None:
-    """Stop and remove what an earlier twin left; a folder of anybody else's is refused."""
+    """Stop and remove what an earlier twin left, but for its people's keys; a folder of anybody else's is refused."""
     left = [path for path in folder.iterdir() if path.name != _OURS]
     if left and not any((folder / sign).exists() for sign in (_OURS, "supervisord.conf")):
         raise StackError(f"{folder} holds {left[0].name}, which is no twin's; give another --dir, or empty it")
@@ -120,6 +120,8 @@ def _clear(folder: Path) -> None:
     (folder / "stack.json").unlink(missing_ok=True)
     _stop(folder)
     for path in left:
+        if path.name == "keys":
+            continue  # the world is new, its people are not
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

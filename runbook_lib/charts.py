@@ -245,12 +245,13 @@ def _draw_minutes(
     there = [(n, value) for n, value in enumerate(minutes) if value is not None and abs(value) < FINITE]
     left = [scale(start_s + n * minute_s) for n, _ in there]
     right = [scale(start_s + (n + 1) * minute_s) for n, _ in there]
+    said = "as judged, all instances together" if judged.instances else "as judged"
     # The watch's ground is tinted: which half is which shows without any colour of a line.
     axes.axvspan(
         scale(start_s), scale(start_s + len(minutes) * minute_s), color=GRID, alpha=0.35, linewidth=0
     )
     axes.hlines(
-        [value for _, value in there], left, right, color=JUDGED, linewidth=3, alpha=0.55, label="as judged"
+        [value for _, value in there], left, right, color=JUDGED, linewidth=3, alpha=0.55, label=said
     )
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -435,9 +436,24 @@ def step_key(name: str) -> str:
     return {"backup": "backup", "migration": "migrate", "release": "verify"}[name] + ".sign_off"
 
 
-def write_trust(run_environment: Path, content: str) -> Path:
-    """Put the `allowed_signers` file of an environment in place and return its path."""
-    path = run_environment / "allowed_signers"
-    if not path.exists() or path.read_text() != content:
-        write_atomically(path, content)
+def write_trust(folder: Path, content: str) -> Path:
+    """Put the `allowed_signers` file of an environment in place and return its path.
+
+    A key that is no longer among the people's stays with its end (`valid-before`): it opens no gate any more, and what
+    it signed before still verifies.
+    """
+    path = folder / "allowed_signers"
+    known = path.read_text().splitlines() if path.exists() else []
+    current = content.splitlines()
+    keys = {" ".join(line.split()[-2:]) for line in current}
+    now = datetime.now(UTC).strftime("%Y%m%d%H%M%SZ")
+    ended = []
+    for line in known:
+        words = line.split()
+        if line.startswith("#") or len(words) < 4 or line in current or " ".join(words[-2:]) in keys:
+            continue
+        ended.append(line if "valid-before=" in line else f'{words[0]} {words[1]},valid-before="{now}" {" ".join(words[2:])}')
+    text = "".join(f"{line}\n" for line in (*current, *ended))
+    if not path.exists() or path.read_text() != text:
+        write_atomically(path, text)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets as random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from psycopg import IsolationLevel, sql
 
 from runbook_lib.adapters import inventory
 from runbook_lib.adapters.database import Database
+from runbook_lib.canonical import sha256_file
 from runbook_lib.commands import postgres
-from runbook_lib.errors import StepFailedError
+from runbook_lib.errors import StepFailedError, UsageError
 from runbook_lib.params import Database as DatabaseParams
 from runbook_lib.ports import Shell
 
@@ -159,3 +161,39 @@ def prove_dump(
         "read_s": round(read.duration_s, 3),
         "restore_s": round(restore_s, 3),
     }
+
+
+def prove_against_manifest(
+    dump_file: Path,
+    manifest: Mapping[str, Any],
+    *,
+    database: Database,
+    params: DatabaseParams,
+    shell: Shell,
+    timeout_s: float,
+) -> dict[str, Any]:
+    """Prove a dump, wherever it was copied to, against the manifest that its run wrote.
+
+    Args:
+        manifest: the run's `artifacts/backup/manifest.json`.
+        database: any server that may hold the restore for a moment.
+
+    Returns:
+        The JSON of `prove_dump` with `sha256`, `sha256_expected` and `ok`, which is true when digest and content agree.
+
+    Raises:
+        UsageError: this is no manifest.
+        StepFailedError: the dump cannot be read or restored.
+    """
+    try:
+        expected = next(str(entry["source_sha256"]) for entry in manifest["files"] if entry["kind"] == "dump")
+        source, run_id = manifest["inventory"], str(manifest["run"])
+    except (KeyError, TypeError, StopIteration) as error:
+        raise UsageError("this is no manifest of a backup", remedy="give artifacts/backup/manifest.json") from error
+    if not dump_file.is_file():
+        raise UsageError(f"there is no dump {dump_file}", remedy="give the path of the .dump file")
+    token = random.token_hex(6)
+    scratch = ScratchDatabase(database, params, f"{SCRATCH_PREFIX}{token}", f"runbook proof {token} of {run_id}")
+    found = sha256_file(dump_file)
+    report = prove_dump(dump_file, source, scratch=scratch, shell=shell, timeout_s=timeout_s)
+    return {**report, "sha256": found, "sha256_expected": expected, "ok": report["equal"] and found == expected}

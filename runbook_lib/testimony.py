@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from runbook_lib import decisions
-from runbook_lib.canonical import digest
+from runbook_lib.canonical import digest, sha256
 from runbook_lib.errors import UsageError
 from runbook_lib.model import Status, StepResult
 from runbook_lib.run import Run
@@ -31,7 +31,6 @@ def record_check(run: Run, name: str, *, passed: bool, note: str, person: str, k
         raise UsageError(f"refused: {person} holds {', '.join(who.roles) or 'no role'}; a spot check needs {needed}", remedy="ask them")
     if not passed and not note.strip():
         raise UsageError("refused: a failed check needs its note", remedy="give --note TEXT")
-    number = 1 + sum(e.kind == "check_recorded" and e.data["check"] == name for e in run.ledger.events(run.run_id))
     said = {
         "run": run.run_id,
         "check": name,
@@ -44,7 +43,7 @@ def record_check(run: Run, name: str, *, passed: bool, note: str, person: str, k
     data = decisions.statement(decisions.SPOT_CHECK, subject, said)
     signature = decisions.signed(data, key=key)
     decisions.check_signature(run, data, signature, person=person)
-    kept = decisions.store(run, f"check-{name}-{number}", data, signature)
+    kept = decisions.store(run, f"check-{name}-{sha256(data)[:8]}", data, signature)
     recorded = {"check": name, "passed": passed, "note": note, "person": person, **kept}
     run.ledger.append(run.run_id, "check_recorded", recorded)
     return recorded
@@ -74,7 +73,7 @@ def resolve(run: Run, step: str, *, done: bool, comment: str, person: str, key: 
     data = decisions.statement(decisions.RESOLUTION, subject, said)
     signature = decisions.signed(data, key=key)
     decisions.check_signature(run, data, signature, person=person)
-    kept = decisions.store(run, f"resolve-{step}-{now.attempt}", data, signature)
+    kept = decisions.store(run, f"resolve-{step}-{sha256(data)[:8]}", data, signature)
     facts = {"settled by": person, "comment": comment, "statement": kept["statement"]}
 
     def still_blocked(state: RunState) -> None:

@@ -7,8 +7,8 @@ the comparison with the baseline by size and persistence. One red → red; all g
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from statistics import fmean, median
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from runbook_lib.watch_config import (
     WatchConfig,
     config_from_mapping,
 )
+from runbook_lib.watch_judgement import Judgement, MetricJudgement
 from runbook_lib.watch_rules import (
     ERROR_MINUTES,
     RED_MINUTES,
@@ -71,46 +72,6 @@ PLENTY_OF_ERRORS = 20
 NOTHING = Track((), ())
 Pieces = Sequence[tuple[Track, str | None]]  # stretches of the baseline, each with its instance
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class MetricJudgement:
-    """One metric's verdict, the sentences behind it and the figures that a chart or a person needs."""
-
-    verdict: Verdict
-    reasons: tuple[str, ...]
-    figures: Mapping[str, object] = field(default_factory=dict)
-    thresholds: Mapping[str, float] = field(default_factory=dict)
-    instances: Mapping[str, MetricJudgement] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, object]:
-        """Return plain JSON values; a figure that is not finite becomes null."""
-        rows: dict[str, object] = {"verdict": self.verdict, "reasons": list(self.reasons)}
-        rows |= {key: _plain(value) for key, value in self.figures.items()}
-        if self.instances:
-            rows["instances"] = {name: one.as_json() for name, one in self.instances.items()}
-        return rows
-
-
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """The verdict on a watch. `ignored` names metrics in the series that nobody asked to judge."""
-
-    verdict: Verdict
-    metrics: Mapping[str, MetricJudgement]
-    thresholds: Mapping[str, Mapping[str, object]]
-    window: Mapping[str, object] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
-
-    def as_json(self) -> dict[str, object]:
-        """Return what `runbook judge` prints."""
-        return {
-            "verdict": self.verdict,
-            "metrics": {name: metric.as_json() for name, metric in self.metrics.items()},
-            "thresholds": {name: _plain(table) for name, table in self.thresholds.items()},
-            "window": _plain(self.window),
-            "ignored": list(self.ignored),
-        }
 
 
 def judge(
@@ -418,15 +379,3 @@ def _merged(groups: list[list[_T]], pieces: Pieces) -> list[list[_T]]:
     """Pool peers: they describe one time. Stretches of one track describe several times and stay apart."""
     several = len({peer for _, peer in pieces}) > 1
     return [[value for group in groups for value in group]] if several else groups
-
-
-def _plain(value: object) -> object:
-    """Make a value fit for strict JSON."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {str(key): _plain(item) for key, item in value.items()}
-        case tuple() | list():
-            return [_plain(item) for item in value]
-    return value

@@ -21,9 +21,16 @@ from runbook_lib.run import Run
 
 PROJECT = Path(__file__).resolve().parents[2]
 _IN_ANOTHER_PROCESS = """
-import sys
+import sys, time
 from importlib import import_module
 from runbook_lib import wiring
+from runbook_lib.ledger import Ledger
+append = Ledger.append
+def slow_to_say_so(ledger, run_id, kind, *rest, **named):
+    if kind == "step_outcome":
+        time.sleep(60 if sys.argv[3] == "after the effect" else 0)
+    return append(ledger, run_id, kind, *rest, **named)
+Ledger.append = slow_to_say_so
 phase, name = sys.argv[2].split(".")
 step = getattr(import_module("runbook_lib.phases." + phase), name)
 step.before, step.guard = (), None
@@ -50,13 +57,16 @@ class Opened:
 
     run: Run
 
-    def start(self, step: str) -> subprocess.Popen[bytes]:
-        """Call a step in another process, as an executor would."""
-        return subprocess.Popen((sys.executable, "-c", _IN_ANOTHER_PROCESS, self.run.run_id, step), cwd=PROJECT)
+    def kill_when(
+        self, step: str, ready: Callable[[], bool], *, when: str = "during the effect", timeout_s: float = 60.0
+    ) -> None:
+        """SIGKILL a process that runs a step, as an executor would, as soon as `ready` says so.
 
-    def kill_when(self, step: str, ready: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
-        """SIGKILL the process that runs a step as soon as `ready` says so."""
-        process = self.start(step)
+        Args:
+            when: "after the effect" holds the process between the effect and its entry in the ledger.
+        """
+        argv = (sys.executable, "-c", _IN_ANOTHER_PROCESS, self.run.run_id, step, when)
+        process = subprocess.Popen(argv, cwd=PROJECT)
         deadline = time.monotonic() + timeout_s
         while not ready():
             assert process.poll() is None, f"{step} ended before it could be killed"

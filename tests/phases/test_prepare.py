@@ -1,0 +1,140 @@
+"""Phase 0 against the twin: what it confirms, what it refuses, and that nothing happens twice."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from runbook_lib.errors import StepFailedError, UsageError
+from runbook_lib.model import Status
+from runbook_lib.phases import prepare
+from tests.phases.conftest_backup import Opened, opened, twin  # noqa: F401  # fixtures
+
+Open = Callable[..., Opened]
+
+
+def _folder(one: Opened, kind: str) -> Path:
+    return Path(getattr(one.run.params.messages, kind).partition(":")[2])
+
+
+def test_the_whole_phase(opened: Open, twin: dict[str, Any]) -> None:  # noqa: F811
+    one = opened()
+
+    for step in prepare.STEPS:
+        step(one.run)
+
+    state = one.run.state
+    assert state.fact("prepare.confirm_candidate", "commit") == twin["commits"]["v1.5.0"]
+    assert state.fact("prepare.confirm_candidate", "changes") == ["Add coupons"]
+    assert state.fact("prepare.check_running_version", "running") == "v1.4.0"
+    assert one.run.services.repository.frozen_by() == one.run.run_id
+    assert len(state.fact("prepare.schedule_window", "invited")) == 4
+    (message,) = _folder(one, "chat").glob("*.txt")
+    assert "v1.5.0" in message.read_text()
+    assert not state.locked, "phase 0 holds nothing but the merges"
+
+
+@pytest.mark.parametrize(
+    ("version", "branch", "said"),
+    [("v1.7.0-rc.1", "release", "is not merged into release"), ("v1.7.0-rc.1", "main", "CI says 'failed'")],
+)
+def test_a_candidate_that_must_not_go_out(opened: Open, version: str, branch: str, said: str) -> None:  # noqa: F811
+    one = opened(version, repository__branch=branch)
+
+    with pytest.raises(StepFailedError, match=said):
+        prepare.confirm_candidate(one.run)
+
+
+def test_a_tag_that_moved_since_the_run_was_opened(opened: Open, twin: dict[str, Any]) -> None:  # noqa: F811
+    one = opened()
+    argv = ("git", "--git-dir", one.run.params.repository.url, "tag", "-f", "v1.5.0", twin["commits"]["v1.4.0"])
+    subprocess.run(argv, check=True, capture_output=True)
+
+    with pytest.raises(StepFailedError, match=r"tag v1\.5\.0 stands on .* the run was opened for"):
+        prepare.confirm_candidate(one.run)
+
+
+def test_another_runs_freeze_stops(opened: Open) -> None:  # noqa: F811
+    one = opened()
+    one.run.services.repository.freeze("20260101T000000Z-v1.0.0-aaaaaa", "theirs")
+
+    with pytest.raises(UsageError, match="20260101T000000Z"):
+        prepare.freeze_merges(one.run)
+
+
+@pytest.mark.parametrize("start", ["tomorrow", "2026-03-01T20:00:00"])
+def test_a_window_without_a_clear_hour_is_refused(opened: Open, start: str) -> None:  # noqa: F811
+    one = opened(window__start=f'"{start}"')
+
+    with pytest.raises(UsageError, match=r"window\.start"):
+        prepare.schedule_window(one.run)
+
+
+def test_a_full_disk_is_refused_with_its_table(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    one = opened()
+    disk = SimpleNamespace(f_blocks=10_000, f_frsize=4096, f_bavail=6000, f_files=100_000, f_favail=50_000)
+    monkeypatch.setattr(prepare.os, "statvfs", lambda _: disk)
+
+    with pytest.raises(StepFailedError, match="15% must"):
+        prepare.check_capacity(one.run)
+
+    state = one.run.state.step("prepare.check_capacity")
+    assert state.status is Status.FAILED
+    assert state.result is not None
+    assert [artifact.path for artifact in state.result.artifacts] == ["artifacts/prepare/capacity.json"]
+
+
+def test_inodes_count_too(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    one = opened()
+    disk = SimpleNamespace(f_blocks=10**9, f_frsize=4096, f_bavail=10**9, f_files=100_000, f_favail=12)
+    monkeypatch.setattr(prepare.os, "statvfs", lambda _: disk)
+
+    with pytest.raises(StepFailedError, match="12 inodes"):
+        prepare.check_capacity(one.run)
+
+
+def test_a_store_with_a_limit_is_measured(opened: Open) -> None:  # noqa: F811
+    one = opened(backup__store__capacity_bytes="30000000")
+
+    with pytest.raises(StepFailedError, match="s3://prod-backups has"):
+        prepare.check_capacity(one.run)
+
+
+def test_a_missing_backup_folder_is_said(opened: Open, tmp_path: Path) -> None:  # noqa: F811
+    one = opened(backup__directory=str(tmp_path / "gone"))
+
+    with pytest.raises(StepFailedError, match="gone is no folder"):
+        prepare.check_capacity(one.run)
+
+
+@pytest.mark.parametrize(
+    ("step", "kind", "pattern"),
+    [("announce_window", "chat", "*.txt"), ("schedule_window", "calendar", "*.ics")],
+)
+def test_killed_after_its_effect_it_is_found_not_repeated(
+    opened: Open, step: str, kind: str, pattern: str  # noqa: F811
+) -> None:
+    one = opened()
+    folder = _folder(one, kind)
+    one.kill_when(f"prepare.{step}", lambda: bool(list(folder.glob(pattern))) if folder.is_dir() else False, when="after the effect")
+
+    getattr(prepare, step)(one.run)
+
+    assert len(list(folder.glob(pattern))) == 1
+    (outcome,) = one.events("step_outcome", f"prepare.{step}")
+    assert outcome["settled_by"] == "probe"
+
+
+def test_a_chat_that_is_down_is_shown_and_stops_nobody(opened: Open) -> None:  # noqa: F811
+    one = opened()
+    _folder(one, "chat").write_text("a file where the folder should be")
+
+    result = prepare.announce_window(one.run)
+
+    assert "outbox" in result.facts["undelivered"]
+    assert result.facts["what"] == "announce-window"
