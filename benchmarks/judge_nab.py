@@ -95,6 +95,15 @@ def cases(series: Series, points: int, *, calm: bool) -> Iterator[Case]:
             yield Case(times, series.values[at:middle], series.values[middle:end])
 
 
+def inside(series: Series, start_s: float, end_s: float) -> Iterator[Case]:
+    """Slide a watch of the synthetic length through one labelled window; its baseline may touch the label."""
+    points = SYNTHETIC_POINTS
+    for middle in range(BASELINE_POINTS, len(series.times_s) - points, 5):
+        at, end = middle - BASELINE_POINTS, middle + points
+        if start_s <= series.times_s[middle] and series.times_s[end - 1] <= end_s:
+            yield Case(series.times_s[at:end], series.values[at:middle], series.values[middle:end])
+
+
 def samples(metric: str, case: Case, current: Sequence[float]) -> list[Sample]:
     """Lay a case out as the judge reads it, on an even clock."""
     return [
@@ -180,7 +189,6 @@ def measure(chosen: Sequence[Series]) -> dict[str, Counter[str]]:
 
     for series in chosen:
         dice = random.Random(series.name)
-        caught = False
         for points in WATCH_POINTS:
             for case in cases(series, points, calm=True):
                 count(f"calm, as p95, {points} points", verdict(P95, case, case.current))
@@ -201,11 +209,11 @@ def measure(chosen: Sequence[Series]) -> dict[str, Counter[str]]:
                 count("queue 5 -> 35 growing", queue_case(case, 30, dice))
                 count("queue 5 -> 65 growing", queue_case(case, 60, dice))
             for case in cases(series, points, calm=False):
-                found = verdict(P95, case, case.current)
-                caught = caught or found == "red"
-                count("labelled, onset in the watch", found)
-        if series.sick:
-            count("labelled series with a red watch", "red" if caught else "green")
+                count("labelled, onset in the watch", verdict(P95, case, case.current))
+        for start_s, end_s in series.sick:
+            found = [verdict(P95, case, case.current) for case in inside(series, start_s, end_s)]
+            worst = next((v for v in ("red", "inconclusive") if v in found), "green")
+            count("labelled windows, the worst watch inside", worst)
     return table
 
 

@@ -154,9 +154,7 @@ class Balancer:
                 backend.avoided_until = time.monotonic() + AVOID_S
             except aiohttp.ClientConnectionError:
                 if request.method not in SAFE_TO_REPEAT:
-                    return _failure(
-                        502, f"{backend.name} broke off; it is not known whether it did the work"
-                    ), tried
+                    return _failure(502, f"{backend.name} broke off; it is not known whether it did the work"), tried
             except TimeoutError:
                 return _failure(504, f"{backend.name} did not answer within {BACKEND_TIMEOUT.total} s"), tried
             finally:
@@ -202,9 +200,7 @@ class Balancer:
         except ValueError:
             return web.json_response({"error": "wait_s must be a number of seconds"}, status=400)
         backend.draining = action == "drain"
-        _write_draining(
-            self.config.state_file, [each.name for each in self.backends.values() if each.draining]
-        )
+        _write_draining(self.config.state_file, [each.name for each in self.backends.values() if each.draining])
         status = 200
         if backend.draining and wait_s > 0:
             try:
@@ -287,12 +283,8 @@ async def serve(config: Config) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the balancer; 2 when its configuration or a port can't be used."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rehearsal.balancer", description="The rehearsal's load balancer."
-    )
-    parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="JSON: port, admin_port, …"
-    )
+    parser = argparse.ArgumentParser(prog="python -m rehearsal.balancer", description="The rehearsal's load balancer.")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="JSON: port, admin_port, …")
     given = parser.parse_args(arguments)
     try:
         asyncio.run(serve(load_config(given.config)))

@@ -150,14 +150,10 @@ async def run(front: str, rate_per_s: float, seed: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the load until it is told to stop."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rehearsal.load", description="Users of the rehearsal's shop."
-    )
+    parser = argparse.ArgumentParser(prog="python -m rehearsal.load", description="Users of the rehearsal's shop.")
     parser.add_argument("--front", required=True, metavar="URL", help="the front door")
     parser.add_argument("--rate", type=float, default=12.0, help="requests per second (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=7, help="makes the choices repeatable (default: %(default)s)"
-    )
+    parser.add_argument("--seed", type=int, default=7, help="makes the choices repeatable (default: %(default)s)")
     given = parser.parse_args(arguments)
     if not 0 < given.rate <= 1000:
         parser.error(f"--rate must be above 0 and at most 1000 requests per second, not {given.rate}")

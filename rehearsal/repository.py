@@ -153,26 +153,18 @@ def _commit_of(repository: Path, tag: str) -> str:
     try:
         return _git(repository, "rev-parse", "--verify", f"refs/tags/{tag}^{{commit}}")
     except RepositoryError as error:
-        raise RepositoryError(
-            f"{repository} lacks the tag {tag}; remove that folder, it is built again"
-        ) from error
+        raise RepositoryError(f"{repository} lacks the tag {tag}; remove that folder, it is built again") from error
 
 
 def _git(repository: Path | None, *arguments: str, date: str | None = None, cwd: Path | None = None) -> str:
     where = () if repository is None else (f"--git-dir={repository}",)
     argv = ("git", *where, *arguments)
     try:
-        done = subprocess.run(
-            argv, env=_environment(date), cwd=cwd, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(argv, env=_environment(date), cwd=cwd, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise RepositoryError(
-            "git is not installed; the rehearsal needs it to hold the sample application"
-        ) from error
+        raise RepositoryError("git is not installed; the rehearsal needs it to hold the sample application") from error
     if done.returncode != 0:
-        raise RepositoryError(
-            f"git {' '.join(arguments[:2])} failed: {done.stderr.strip() or done.returncode}"
-        )
+        raise RepositoryError(f"git {' '.join(arguments[:2])} failed: {done.stderr.strip() or done.returncode}")
     return done.stdout.strip()
 
 

@@ -62,7 +62,9 @@ def seal(folder: Path, *, events: Sequence[Event], state: RunState, recorder_key
     """
     if not (folder / SIGNATURE).exists():
         if not state.ended or not events:
-            raise UsageError(f"run {state.run_id} has not ended: there is nothing to seal", remedy=f"runbook resume {state.run_id}")
+            raise UsageError(
+                f"run {state.run_id} has not ended: there is nothing to seal", remedy=f"runbook resume {state.run_id}"
+            )
         _tidy(folder)
         _write_views(folder, events, state)
         release = {name: state.opened.get(name, "") for name in _RELEASE}
@@ -77,7 +79,8 @@ def seal(folder: Path, *, events: Sequence[Event], state: RunState, recorder_key
     said = statement["predicate"]["ledger"]
     if len(events) < said["events"] or events[said["events"] - 1].hash != said["head"]:
         raise VerificationError(
-            f"the record {folder.name} was sealed over another ledger", remedy="compare its ledger.jsonl with the ledger in use"
+            f"the record {folder.name} was sealed over another ledger",
+            remedy="compare its ledger.jsonl with the ledger in use",
         )
     return folder / STATEMENT
 
@@ -97,7 +100,9 @@ def seal_review(folder: Path, *, events: Sequence[Event], recorder_key: Path, tr
     """
     review = folder / REVIEW
     if not (folder / SIGNATURE).exists() or not review.is_dir():
-        raise UsageError(f"{folder.name} is not sealed, or has no review yet", remedy="runbook seal RUN, then runbook review RUN")
+        raise UsageError(
+            f"{folder.name} is not sealed, or has no review yet", remedy="runbook seal RUN, then runbook review RUN"
+        )
     if not (review / SIGNATURE).exists():
         sealed = json.loads((folder / STATEMENT).read_bytes())["predicate"]["ledger"]["events"]
         _tidy(review)
@@ -176,7 +181,9 @@ def _sign(
     tree = Tree.of(folder, leave_out=leave_out | {STATEMENT, SIGNATURE, SUMS})
     if tree.odd:
         path, what = tree.odd[0]
-        raise VerificationError(f"{path} is {what}: it cannot be part of a record", remedy="move it away, then: runbook seal RUN")
+        raise VerificationError(
+            f"{path} is {what}: it cannot be part of a record", remedy="move it away, then: runbook seal RUN"
+        )
     for path in tree.digests:
         # sha256sum would write these names in an escaped form of its own.
         if not path.isprintable() or "\\" in path:

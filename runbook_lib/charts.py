@@ -81,9 +81,7 @@ def overview(samples: Iterable[Sample], judgement: Judgement, *, title: str = "T
     shared: dict[str, Artist] = {}
     for axes in grid:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            kind = next(
-                (label.removesuffix(f" {name}") for name in instances if label.endswith(f" {name}")), label
-            )
+            kind = next((label.removesuffix(f" {name}") for name in instances if label.endswith(f" {name}")), label)
             shared.setdefault(kind.split(" = ")[0], handle)
     if shared:
         figure.legend(list(shared.values()), list(shared), loc="outside lower center", ncols=6, fontsize=8)
@@ -165,9 +163,7 @@ def _lines(rows: Sequence[Sample]) -> list[_Line]:
             days = math.ceil((start_s - piece[-1][0] - STRETCH_GAP_S) / DAY_S) if window == "baseline" else 0
             moved = tuple((time_s + max(0, days) * DAY_S, value) for time_s, value in _with_gaps(piece))
             name = f"{window}, {days} d earlier" if days > 0 else window
-            lines.append(
-                _Line(" ".join(part for part in (name, instance) if part), window, marker, moved, days > 0)
-            )
+            lines.append(_Line(" ".join(part for part in (name, instance) if part), window, marker, moved, days > 0))
     return lines
 
 
@@ -231,9 +227,7 @@ def _draw(
     )
 
 
-def _draw_minutes(
-    axes: Axes, judged: MetricJudgement, judgement: Judgement, scale: Callable[[float], float]
-) -> None:
+def _draw_minutes(axes: Axes, judged: MetricJudgement, judgement: Judgement, scale: Callable[[float], float]) -> None:
     """Draw the fifteen values that were compared: bars of a minute's length over the raw samples."""
     minutes, minute_s, start_s = (
         judged.figures.get("minutes"),
@@ -247,12 +241,8 @@ def _draw_minutes(
     right = [scale(start_s + (n + 1) * minute_s) for n, _ in there]
     said = "as judged, all instances together" if judged.instances else "as judged"
     # The watch's ground is tinted: which half is which shows without any colour of a line.
-    axes.axvspan(
-        scale(start_s), scale(start_s + len(minutes) * minute_s), color=GRID, alpha=0.35, linewidth=0
-    )
-    axes.hlines(
-        [value for _, value in there], left, right, color=JUDGED, linewidth=3, alpha=0.55, label=said
-    )
+    axes.axvspan(scale(start_s), scale(start_s + len(minutes) * minute_s), color=GRID, alpha=0.35, linewidth=0)
+    axes.hlines([value for _, value in there], left, right, color=JUDGED, linewidth=3, alpha=0.55, label=said)
 
 
 def _draw_limits(axes: Axes, thresholds: Mapping[str, object]) -> None:

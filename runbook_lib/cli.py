@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from runbook_lib.executor import Outcome
     from runbook_lib.run import Run
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Production releases as notebooks that execute, gate, survive and prove themselves.", pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Production releases as notebooks that execute, gate, survive and prove themselves.",
+    pretty_exceptions_enable=False,
+)
 stack_app = typer.Typer(no_args_is_help=True, help="The rehearsal stack: a local production twin.")
 gate_app = typer.Typer(no_args_is_help=True, help="See a gate's evidence, and sign a decision.")
 app.add_typer(stack_app, name="stack")
@@ -166,7 +171,9 @@ def _progress(run: Run) -> Iterator[None]:
                     markup=False,
                 )
             elif event.kind == "gate_opened":
-                console.print(f"   ? gate {data['gate']} round {data['round']}: waits for {'/'.join(data['roles'])}", markup=False)
+                console.print(
+                    f"   ? gate {data['gate']} round {data['round']}: waits for {'/'.join(data['roles'])}", markup=False
+                )
             elif event.kind == "gate_decision":
                 console.print(f"   ! gate {data['gate']}: {data['person']} {data['decision']}s", markup=False)
             elif event.kind in ("rollback_requested", "step_blocked", "gate_timed_out"):
@@ -205,7 +212,10 @@ def _stack(*arguments: str) -> dict[str, Any]:
         env={**os.environ, "PYTHONPATH": str(root())},
     )
     if done.returncode:
-        raise UsageError(f"the rehearsal stack did not go {arguments[0]} (exit {done.returncode})", remedy="read what it said above; its logs are in .rehearsal/log")
+        raise UsageError(
+            f"the rehearsal stack did not go {arguments[0]} (exit {done.returncode})",
+            remedy="read what it said above; its logs are in .rehearsal/log",
+        )
     return dict(json_module.loads(done.stdout.strip().splitlines()[-1]))
 
 
@@ -333,10 +343,15 @@ def run_command(
         raise UsageError(f"--until {until}: there is no such phase", remedy=f"use one of {', '.join(phases)}")
     draft = wiring.preview(environment, version, settings=_settings(settings))
     if person and person not in draft.params.people:
-        raise UsageError(f"--as {person}: nobody of that name", remedy=f"use one of {', '.join(sorted(draft.params.people))}")
+        raise UsageError(
+            f"--as {person}: nobody of that name", remedy=f"use one of {', '.join(sorted(draft.params.people))}"
+        )
     planned = plan_of(draft)
     if plan_digest and plan_digest != planned["digest"]:
-        raise UsageError(f"the plan is {planned['digest']} now, not {plan_digest}", remedy=f"runbook plan {environment} --version {draft.release.version}")
+        raise UsageError(
+            f"the plan is {planned['digest']} now, not {plan_digest}",
+            remedy=f"runbook plan {environment} --version {draft.release.version}",
+        )
     if until != "prepare":
         wiring.refuse_second(draft)
     run = wiring.create(draft, plan=planned, opened_by=person)
@@ -481,7 +496,15 @@ def list_command(json: Json = False) -> None:
     from runbook_lib import wiring
 
     rows = [
-        {"run_id": s.run_id, "environment": s.opened["environment"], "version": s.opened["version"], "state": s.status, "phase": s.phase, "opened": s.opened_time, "opened_by": s.opened["opened_by"]}
+        {
+            "run_id": s.run_id,
+            "environment": s.opened["environment"],
+            "version": s.opened["version"],
+            "state": s.status,
+            "phase": s.phase,
+            "opened": s.opened_time,
+            "opened_by": s.opened["opened_by"],
+        }
         for s in wiring.ledger_of().runs()
     ]
     if json:
@@ -534,7 +557,9 @@ def gate_show(
         print(gate_text(facts))
 
 
-def _decide(run_id: str, gate_name: str, decision: str, person: str, key: Path | None, comment: str, *, json: bool) -> None:
+def _decide(
+    run_id: str, gate_name: str, decision: str, person: str, key: Path | None, comment: str, *, json: bool
+) -> None:
     from runbook_lib import decisions, gate, wiring
 
     run, name = wiring.attach(run_id), gate.named(gate_name)
@@ -587,7 +612,9 @@ def check(
     from runbook_lib import testimony, wiring
 
     if passed is None or not person or key is None:
-        raise UsageError("a spot check needs --pass or --fail, its person and their key", remedy="give --pass --as PERSON --key FILE")
+        raise UsageError(
+            "a spot check needs --pass or --fail, its person and their key", remedy="give --pass --as PERSON --key FILE"
+        )
     recorded = testimony.record_check(wiring.attach(run_id), name, passed=passed, note=note, person=person, key=key)
     _say(f"spot check {name}: {'passed' if passed else 'failed'}, {person}")
     if json:
@@ -608,7 +635,9 @@ def resolve(
     from runbook_lib import testimony, wiring
 
     if done is None or not person or key is None or not comment.strip():
-        raise UsageError("settling a step needs --done or --not-done, --as, --key and --comment", remedy="say what you saw")
+        raise UsageError(
+            "settling a step needs --done or --not-done, --as, --key and --comment", remedy="say what you saw"
+        )
     recorded = testimony.resolve(wiring.attach(run_id), step, done=done, comment=comment, person=person, key=key)
     _say(f"{step} is settled as {'done' if done else 'not done'}. Next: runbook resume {run_id}")
     if json:
@@ -660,4 +689,3 @@ def judge(
         raise UsageError(" ".join(str(error).split()), remedy="columns are time,metric,value,window") from error
     _print_json(judgement.as_json())
     raise typer.Exit({"green": 0, "red": 1}.get(judgement.verdict, 75))
-

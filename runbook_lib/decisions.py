@@ -25,9 +25,7 @@ RESOLUTION = "https://runbook.dev/step-resolution/v1"
 
 def statement(kind: str, subject: list[dict[str, Any]], predicate: Mapping[str, Any]) -> bytes:
     """The bytes that a person signs."""
-    return canonical_json(
-        {"_type": STATEMENT, "predicateType": kind, "subject": subject, "predicate": dict(predicate)}
-    )
+    return canonical_json({"_type": STATEMENT, "predicateType": kind, "subject": subject, "predicate": dict(predicate)})
 
 
 def person_of(run: Run, person: str) -> Any:
@@ -38,7 +36,9 @@ def person_of(run: Run, person: str) -> Any:
     """
     known = run.params.people
     if person not in known:
-        raise UsageError(f"{person!r} is nobody in the params file (known: {', '.join(sorted(known))})", remedy="give --as NAME")
+        raise UsageError(
+            f"{person!r} is nobody in the params file (known: {', '.join(sorted(known))})", remedy="give --as NAME"
+        )
     return known[person]
 
 
@@ -51,7 +51,9 @@ def signed(data: bytes, *, key: Path) -> bytes:
     try:
         return signatures.sign(data, key=key, namespace=NAMESPACE)
     except RunbookError as error:
-        raise UsageError(f"the key {key} could not sign: {error.message}", remedy="give --key FILE of your own key") from error
+        raise UsageError(
+            f"the key {key} could not sign: {error.message}", remedy="give --key FILE of your own key"
+        ) from error
 
 
 def check_signature(run: Run, data: bytes, signature: bytes, *, person: str) -> None:
@@ -64,7 +66,8 @@ def check_signature(run: Run, data: bytes, signature: bytes, *, person: str) -> 
         signatures.verify(data, signature, principal=person, namespace=NAMESPACE, trust=run.trust)
     except VerificationError as error:
         raise UsageError(
-            f"refused: the signature is not {person}'s: {error.message}", remedy="sign with the key that the params file has"
+            f"refused: the signature is not {person}'s: {error.message}",
+            remedy="sign with the key that the params file has",
         ) from error
     if not signatures.canonical_signature(signature):
         raise UsageError("refused: the .sig is not in the form that ssh-keygen writes", remedy="sign again")
@@ -81,7 +84,9 @@ def store(run: Run, name: str, data: bytes, signature: bytes) -> dict[str, str]:
     """
     path = run.folder / "decisions" / f"{name}.json"
     if path.exists() and path.read_bytes() != data:
-        raise UsageError(f"decisions/{name}.json is there already and differs", remedy="look at it; nothing was overwritten")
+        raise UsageError(
+            f"decisions/{name}.json is there already and differs", remedy="look at it; nothing was overwritten"
+        )
     write_atomically(path.with_suffix(".json.sig"), signature)
     write_atomically(path, data)
     return {
@@ -101,7 +106,9 @@ def load(run: Run, recorded: Mapping[str, Any]) -> tuple[dict[str, Any], bytes, 
     try:
         data, signature = path.read_bytes(), path.with_suffix(".json.sig").read_bytes()
     except OSError as error:
-        raise VerificationError(f"{recorded['statement']} cannot be read: {error.strerror}", remedy="restore it") from error
+        raise VerificationError(
+            f"{recorded['statement']} cannot be read: {error.strerror}", remedy="restore it"
+        ) from error
     if sha256(data) != recorded["sha256"] or sha256(signature) != recorded["signature_sha256"]:
         raise VerificationError(f"{recorded['statement']} is not what was recorded", remedy="restore it")
     return json.loads(data), data, signature

@@ -65,7 +65,12 @@ def _answers(command: Command) -> str:
     import subprocess
 
     done = subprocess.run(  # noqa: S603
-        command.argv, cwd=command.cwd, stdin=subprocess.DEVNULL, capture_output=True, timeout=command.timeout_s, check=False
+        command.argv,
+        cwd=command.cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=command.timeout_s,
+        check=False,
     )
     if done.returncode:
         raise OSError(f"exit {done.returncode}: {done.stderr.decode(errors='replace').strip()[:200]}")

@@ -1,14 +1,14 @@
 """Every error that a person can meet, grouped by what the person does next.
 
-    RunbookError                 exit code
-    ├── UsageError                2   mend the parameters or the command; nothing was started
-    ├── StepFailedError           1   look at the evidence; resume tries again, rollback goes back
-    │   ├── UnavailableError      1   nobody answered; trying again is safe
-    │   └── DeniedError           1   credentials or rights are wrong; trying again cannot help
-    ├── GateClosedError           3   rejected or timed out; rollback, or ask again
-    ├── VerificationError         4   the record is not what was sealed
-    └── PausedError              75   waiting for people; resume goes on (EX_TEMPFAIL of sysexits.h)
-        └── StepInDoubtError     75   settle the step: runbook resolve
+RunbookError                 exit code
+├── UsageError                2   mend the parameters or the command; nothing was started
+├── StepFailedError           1   look at the evidence; resume tries again, rollback goes back
+│   ├── UnavailableError      1   nobody answered; trying again is safe
+│   └── DeniedError           1   credentials or rights are wrong; trying again cannot help
+├── GateClosedError           3   rejected or timed out; rollback, or ask again
+├── VerificationError         4   the record is not what was sealed
+└── PausedError              75   waiting for people; resume goes on (EX_TEMPFAIL of sysexits.h)
+└── StepInDoubtError     75   settle the step: runbook resolve
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Kernels:
 
         self._count += 1
         name = self._folder / f"k{self._count}"
-        manager = AsyncKernelManager(
+        manager: Any = AsyncKernelManager(
             kernel_name="python3", transport="ipc", ip=str(name), connection_file=f"{name}.json"
         )
         asyncio.run(
@@ -166,7 +166,7 @@ def review(run: Run) -> Outcome:
     return Outcome(0, "the review is signed and stands beside the record", "review")
 
 
-def end(run: Run, state: str, **why: str) -> None:
+def end(run: Run, state: str, **why: Any) -> None:
     """Write the run's end, free the environment and seal the record."""
 
     def once(now: RunState) -> None:
@@ -287,9 +287,7 @@ def _keep(run: Run, draft: Path, final: Path) -> None:
 def _why(run: Run, phase: str, state: RunState, said: Exception | None) -> Outcome:
     name, text = _named(said)
     waiting = next((s for s in steps_of(phase) if s.gate and not state.green(s.key())), None)
-    others_green = waiting is not None and all(
-        s.is_green(run, state) for s in steps_of(phase) if not s.gate
-    )
+    others_green = waiting is not None and all(s.is_green(run, state) for s in steps_of(phase) if not s.gate)
     at = waiting.gate if waiting is not None and others_green else None
     if name == "GateClosedError":
         return Outcome(GateClosedError.exit_code, text, phase, at)
@@ -321,5 +319,3 @@ def _stopped(run: Run, stop: Outcome) -> Outcome:
     if stop.exit_code in (1, 3) and (failed or rejected) and run.params.rollback.automatic:
         return roll_back(run, stop.message.partition(". Next: ")[0], cause=stop.exit_code)
     return stop
-
-

@@ -19,7 +19,14 @@ from typing import Any
 
 from runbook_lib import decisions
 from runbook_lib.canonical import canonical_json, digest, sha256, sha256_file, write_atomically
-from runbook_lib.errors import GateClosedError, PausedError, RunbookError, StepFailedError, UsageError, VerificationError
+from runbook_lib.errors import (
+    GateClosedError,
+    PausedError,
+    RunbookError,
+    StepFailedError,
+    UsageError,
+    VerificationError,
+)
 from runbook_lib.model import GateRule, Recovery, StepResult, shown
 from runbook_lib.run import Run
 from runbook_lib.state import GateState, RunState
@@ -77,21 +84,26 @@ def gate_step(name: str, *, evidence: tuple[Step, ...]) -> Step:
         gate=name,
         __doc__=asks,
     )
-    made.plan(lambda run: [("gate", name, "roles " + "/".join(rule(run, name).roles), f"quorum {rule(run, name).quorum}")])
+    made.plan(
+        lambda run: [("gate", name, "roles " + "/".join(rule(run, name).roles), f"quorum {rule(run, name).quorum}")]
+    )
     return made
 
 
 def evidence(run: Run, name: str) -> dict[str, Any]:
     """What people are shown, as it is now: one card a step, files re-hashed from disk."""
     state = run.state
-    cards = []
+    cards: list[dict[str, Any]] = []
     for step in _evidence[name]:
         for key in step.keys(run):
             result = state.step(key).result
             if result is None or not state.green(key):
-                cards.append({"name": step.title, "step": key, "verdict": "red", "summary": "not green", "sha256": digest(key)})
+                cards.append(
+                    {"name": step.title, "step": key, "verdict": "red", "summary": "not green", "sha256": digest(key)}
+                )
                 continue
-            files, verdict = [], result.verdict
+            files: list[dict[str, str]] = []
+            verdict = result.verdict
             for artifact in result.artifacts:
                 path = run.folder / artifact.path
                 found = sha256_file(path) if path.is_file() else "missing"
@@ -99,7 +111,14 @@ def evidence(run: Run, name: str) -> dict[str, Any]:
                     verdict = "red"
                 files.append({"path": artifact.path, "sha256": found})
             summary = "; ".join(f"{k}: {shown(v)}" for k, v in result.facts.items())[:1500]
-            body = {"name": result.title, "step": key, "verdict": verdict, "summary": summary, "facts": dict(result.facts), "files": files}
+            body: dict[str, Any] = {
+                "name": result.title,
+                "step": key,
+                "verdict": verdict,
+                "summary": summary,
+                "facts": dict(result.facts),
+                "files": files,
+            }
             cards.append({**body, "sha256": digest(body)})
     if name == "release":
         for check, data in sorted(state.checks.items()):
@@ -157,7 +176,9 @@ def show(run: Run, name: str) -> dict[str, Any]:
     cards: list[dict[str, Any]] = []
     if now.round:
         cards = json.loads((run.folder / f"artifacts/gates/{name}-{now.round}.json").read_bytes())["cards"]
-    able = sorted(p for p, who in run.params.people.items() if set(who.roles) & set(gate.roles) and p != state.opened["opened_by"])
+    able = sorted(
+        p for p, who in run.params.people.items() if set(who.roles) & set(gate.roles) and p != state.opened["opened_by"]
+    )
     return {
         "gate": name,
         "title": gate.title,
@@ -174,7 +195,9 @@ def show(run: Run, name: str) -> dict[str, Any]:
         "evidence": [
             {"name": c["name"], "sha256": c["sha256"], "verdict": c["verdict"], "summary": c["summary"]} for c in cards
         ],
-        "decisions": [{"person": d["person"], "decision": d["decision"], "comment": d["comment"]} for d in now.decisions],
+        "decisions": [
+            {"person": d["person"], "decision": d["decision"], "comment": d["comment"]} for d in now.decisions
+        ],
         "blockers": [c["name"] for c in cards if c["verdict"] == "red"],
     }
 
@@ -217,10 +240,18 @@ def _may_decide(run: Run, name: str, decision: str, person: str, comment: str) -
     if decision not in ("approve", "reject"):
         raise UsageError(f"{decision!r} is no decision", remedy="approve or reject")
     if not now.round or state.ended or state.green(step_key(name)):
-        why = f"run {run.run_id} has ended" if state.ended else "it is decided" if now.round else "the run is not there yet"
+        why = (
+            f"run {run.run_id} has ended"
+            if state.ended
+            else "it is decided"
+            if now.round
+            else "the run is not there yet"
+        )
         raise UsageError(f"refused: gate {name} is not open: {why}", remedy=f"runbook status {run.run_id}")
     if now.timed_out or time.time() > now.opened_epoch_s + gate.timeout_s:
-        raise UsageError(f"refused: round {now.round} of gate {name} has timed out", remedy=f"runbook resume {run.run_id} asks again")
+        raise UsageError(
+            f"refused: round {now.round} of gate {name} has timed out", remedy=f"runbook resume {run.run_id} asks again"
+        )
     who = decisions.person_of(run, person)
     role = next((r for r in gate.roles if r in who.roles), None)
     if role is None:
@@ -229,16 +260,22 @@ def _may_decide(run: Run, name: str, decision: str, person: str, comment: str) -
             remedy=f"ask one of {', '.join(show(run, name)['may_sign'])}",
         )
     if decision == "approve" and person == state.opened["opened_by"]:
-        raise UsageError(f"refused: {person} opened this run and cannot approve it", remedy="ask somebody else of that role")
+        raise UsageError(
+            f"refused: {person} opened this run and cannot approve it", remedy="ask somebody else of that role"
+        )
     if decision == "reject" and not comment.strip():
         raise UsageError("refused: a rejection needs its reason", remedy="give --comment TEXT")
     if any(d["decision"] == "reject" for d in now.decisions):
-        raise UsageError(f"refused: gate {name} was rejected in round {now.round}", remedy=f"runbook rollback {run.run_id}")
+        raise UsageError(
+            f"refused: gate {name} was rejected in round {now.round}", remedy=f"runbook rollback {run.run_id}"
+        )
     if decision == "approve" and name == "release":
         # A refused or missing manual check cannot be approved away; what was not required is shown as not recorded.
         failed = [c for c, data in state.checks.items() if not data["passed"]]
         if failed:
-            raise UsageError(f"refused: spot check {failed[0]} failed", remedy=f"runbook gate reject {run.run_id} release")
+            raise UsageError(
+                f"refused: spot check {failed[0]} failed", remedy=f"runbook gate reject {run.run_id} release"
+            )
     return role
 
 
@@ -252,7 +289,9 @@ def decide(run: Run, name: str, data: bytes, signature: bytes) -> dict[str, Any]
         said = json.loads(data)["predicate"]
         decision, person, comment = str(said["decision"]), str(said["person"]), str(said["comment"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError("refused: that is no gate decision", remedy="runbook gate show RUN GATE --statement approve --as PERSON") from error
+        raise UsageError(
+            "refused: that is no gate decision", remedy="runbook gate show RUN GATE --statement approve --as PERSON"
+        ) from error
     now = run.state.gate(name)
     for known in now.decisions:
         if known["person"] == person and known["decision"] == decision:
@@ -266,11 +305,21 @@ def decide(run: Run, name: str, data: bytes, signature: bytes) -> dict[str, Any]
         )
     decisions.check_signature(run, data, signature, person=person)
     kept = decisions.store(run, f"{name}-{now.round}-{person}-{decision}", data, signature)
-    recorded = {"gate": name, "round": now.round, "person": person, "roles": [said["role"]], "decision": decision, "comment": comment, **kept}
+    recorded = {
+        "gate": name,
+        "round": now.round,
+        "person": person,
+        "roles": [said["role"]],
+        "decision": decision,
+        "comment": comment,
+        **kept,
+    }
 
     def still_open(state: RunState) -> None:
         if state.gate(name).round != now.round:
-            raise UsageError(f"refused: gate {name} is in round {state.gate(name).round} now", remedy="look at the new evidence")
+            raise UsageError(
+                f"refused: gate {name} is in round {state.gate(name).round} now", remedy="look at the new evidence"
+            )
 
     run.ledger.append(run.run_id, "gate_decision", recorded, guard=still_open)
     return recorded
@@ -317,7 +366,10 @@ def approvals(run: Run, state: RunState, name: str) -> list[Mapping[str, Any]]:
         try:
             _verify(run, state, name, recorded)
         except (RunbookError, KeyError) as error:
-            raise PausedError(f"gate {name}: {recorded['person']}'s decision does not stand: {error}", remedy=f"runbook gate show {run.run_id} {name}") from error
+            raise PausedError(
+                f"gate {name}: {recorded['person']}'s decision does not stand: {error}",
+                remedy=f"runbook gate show {run.run_id} {name}",
+            ) from error
         valid[recorded["person"]] = recorded
     if len(valid) < gate.quorum:
         raise PausedError(
@@ -452,7 +504,9 @@ def write_trust(folder: Path, content: str) -> Path:
         words = line.split()
         if line.startswith("#") or len(words) < 4 or line in current or " ".join(words[-2:]) in keys:
             continue
-        ended.append(line if "valid-before=" in line else f'{words[0]} {words[1]},valid-before="{now}" {" ".join(words[2:])}')
+        ended.append(
+            line if "valid-before=" in line else f'{words[0]} {words[1]},valid-before="{now}" {" ".join(words[2:])}'
+        )
     text = "".join(f"{line}\n" for line in (*current, *ended))
     if not path.exists() or path.read_text() != text:
         write_atomically(path, text)

@@ -40,7 +40,7 @@ for _verb in ("UPDATE", "DELETE"):
     sa.event.listen(
         _events,
         "after_create",
-        sa.DDL(
+        sa.DDL(  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
             f"CREATE TRIGGER events_no_{_verb.lower()} BEFORE {_verb} ON events "
             "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
         ).execute_if(dialect="sqlite"),
@@ -206,9 +206,8 @@ def check_chain(events: Iterable[Event]) -> None:
     Raises:
         VerificationError: naming the first event that does not.
     """
-    prev, seq = GENESIS, 0
-    for event in events:
-        seq += 1
+    prev = GENESIS
+    for seq, event in enumerate(events, 1):
         if event.seq != seq or event.prev != prev or sha256(canonical_json(event.body())) != event.hash:
             raise VerificationError(
                 f"event {event.seq} of run {event.run_id} breaks the chain (expected number {seq})",

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-_TROUBLE = re.compile(r"\b(ERROR|CRITICAL|FATAL|Exception|Traceback|[A-Z]\w+(?:Error|Exception))\b|migration.*warn|DEPRECATION WARNING", re.IGNORECASE)
+_TROUBLE = re.compile(
+    r"\b(ERROR|CRITICAL|FATAL|Exception|Traceback|[A-Z]\w+(?:Error|Exception))\b|migration.*warn|DEPRECATION WARNING",
+    re.IGNORECASE,
+)
 _TIME = re.compile(r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?")
 _CHANGING = (
     (re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b"), "<id>"),

@@ -52,7 +52,7 @@ def refuses(run: Run, answer: http.Answer) -> bool:
 
 def is_on(run: Run) -> bool:
     """True when every web host, and so the front door, refuses a user's write."""
-    urls = [host.url for host in run.params.hosts.web.values() if host.url] or [None]
+    urls = [host.url for host in run.params.hosts.web.values() if host.url] or [run.params.application.url]
     return all(refuses(run, probe_write(run, url)) for url in urls)
 
 
@@ -89,7 +89,9 @@ def prove_open(run: Run) -> dict[str, Any]:
         answer = probe_write(run, url)
         statuses[url] = answer.status
         if refuses(run, answer) or answer.status >= 500:
-            raise StepFailedError(f"{url} still refuses writes (status {answer.status})", remedy="run disable_maintenance.yml")
+            raise StepFailedError(
+                f"{url} still refuses writes (status {answer.status})", remedy="run disable_maintenance.yml"
+            )
     return {"probe write": next(iter(statuses.values())), "doors tried": len(statuses)}
 
 
@@ -163,9 +165,7 @@ def prove_fenced(run: Run) -> str:
 
 def _admin(run: Run) -> psycopg.Connection[Any]:
     database = run.params.database
-    return run.services.database.connect(
-        database.admin_role, database.maintenance, application=f"runbook {run.run_id}"
-    )
+    return run.services.database.connect(database.admin_role, database.maintenance, application=f"runbook {run.run_id}")
 
 
 def _end_sessions(run: Run, session: psycopg.Connection[Any]) -> int:

@@ -40,7 +40,11 @@ def applied_versions(run: Run, database: str) -> list[str]:
 def pending_versions(run: Run, database: str) -> list[str]:
     """The release's migrations that the database has not, oldest first."""
     known = set(applied_versions(run, database))
-    return [v for v in migrations.versions_in(run.tree(run.release.commit), run.params.migrations.directory) if v not in known]
+    return [
+        v
+        for v in migrations.versions_in(run.tree(run.release.commit), run.params.migrations.directory)
+        if v not in known
+    ]
 
 
 def apply(run: Run, database: str, *, name: str) -> Completed:
@@ -54,7 +58,9 @@ def apply(run: Run, database: str, *, name: str) -> Completed:
         directory=m.directory,
         timeout_s=m.timeout_s,
     )
-    return run.services.shell.run(replace(command, env={**command.env, "PGAPPNAME": f"runbook {run.run_id}"}), name=name)
+    return run.services.shell.run(
+        replace(command, env={**command.env, "PGAPPNAME": f"runbook {run.run_id}"}), name=name
+    )
 
 
 def undo(run: Run, version: str) -> Completed:
@@ -78,7 +84,13 @@ def undo(run: Run, version: str) -> Completed:
             remedy="a DBA decides: mend forward, or restore the backup into a new database and swap",
         )
     command = migrations.down(
-        m.tool, m.executable, target(run, database), tree=tree, directory=m.directory, timeout_s=m.timeout_s, version=version
+        m.tool,
+        m.executable,
+        target(run, database),
+        tree=tree,
+        directory=m.directory,
+        timeout_s=m.timeout_s,
+        version=version,
     )
     return run.services.shell.run(command, name=f"undo-{version}")
 
@@ -86,7 +98,9 @@ def undo(run: Run, version: str) -> Completed:
 def blocked_sessions(run: Run) -> list[dict[str, Any]]:
     """Sessions of the production database that wait for a lock, with who holds it."""
     d = run.params.database
-    with run.services.database.connect(d.admin_role, d.maintenance, application=f"runbook {run.run_id}: locks") as session:
+    with run.services.database.connect(
+        d.admin_role, d.maintenance, application=f"runbook {run.run_id}: locks"
+    ) as session:
         rows = session.execute(_BLOCKED, (d.production,)).fetchall()
     return [{"pid": pid, "role": role, "query": query, "blocked_by": list(by)} for pid, role, query, by in rows]
 
@@ -94,7 +108,9 @@ def blocked_sessions(run: Run) -> list[dict[str, Any]]:
 def long_transactions(run: Run) -> list[dict[str, Any]]:
     """Transactions in the production database older than `long_transaction_s` seconds."""
     d = run.params.database
-    with run.services.database.connect(d.admin_role, d.maintenance, application=f"runbook {run.run_id}: locks") as session:
+    with run.services.database.connect(
+        d.admin_role, d.maintenance, application=f"runbook {run.run_id}: locks"
+    ) as session:
         rows = session.execute(
             "SELECT pid, usename, application_name, extract(epoch FROM now() - xact_start)::float8 FROM pg_stat_activity "
             "WHERE datname = %s AND xact_start < now() - make_interval(secs => %s)",

@@ -15,9 +15,66 @@ from runbook_lib.pages import page, text
 # What an output may bring, best first; widgets and JavaScript have no place in a record.
 _SHOWN = ("text/html", "image/png", "image/jpeg", "text/markdown", "text/latex", "text/plain")
 _TAGS = frozenset(
-    ["a", "abbr", "b", "blockquote", "br", "caption", "code", "col", "colgroup", "dd", "del", "details", "div", "dl", "dt", "em", "figcaption", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "i", "img", "ins", "kbd", "li", "ol", "p", "pre", "q", "s", "samp", "section", "small", "span", "strong", "sub", "summary", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "tt", "u", "ul", "var"]
+    [
+        "a",
+        "abbr",
+        "b",
+        "blockquote",
+        "br",
+        "caption",
+        "code",
+        "col",
+        "colgroup",
+        "dd",
+        "del",
+        "details",
+        "div",
+        "dl",
+        "dt",
+        "em",
+        "figcaption",
+        "figure",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "hr",
+        "i",
+        "img",
+        "ins",
+        "kbd",
+        "li",
+        "ol",
+        "p",
+        "pre",
+        "q",
+        "s",
+        "samp",
+        "section",
+        "small",
+        "span",
+        "strong",
+        "sub",
+        "summary",
+        "sup",
+        "table",
+        "tbody",
+        "td",
+        "tfoot",
+        "th",
+        "thead",
+        "tr",
+        "tt",
+        "u",
+        "ul",
+        "var",
+    ]
 )
-_GLOBAL = frozenset({"class", "id", "title", "role", "lang", "scope", "colspan", "rowspan", "aria-label", "aria-hidden"})
+_GLOBAL = frozenset(
+    {"class", "id", "title", "role", "lang", "scope", "colspan", "rowspan", "aria-label", "aria-hidden"}
+)
 _INLINE_IMAGE = re.compile(r"data:image/(?:png|jpeg|gif);base64,[A-Za-z0-9+/=\s]+\Z")
 _LINK = re.compile(r"(?:https?://|mailto:|#|(?![a-zA-Z][a-zA-Z0-9+.-]*:)(?!//)).*\Z", re.DOTALL)
 _RAW_BLOCK = re.compile(r"<(script|style|iframe|object)\b[^>]*>.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
@@ -75,7 +132,9 @@ def _rendered(content: Any) -> str:
             if data is None:
                 continue
             best = next((kind for kind in _SHOWN if kind in data), None)
-            output["data"] = {best: data[best]} if best else {"text/plain": f"[{', '.join(sorted(data))}: not shown here]"}
+            output["data"] = (
+                {best: data[best]} if best else {"text/plain": f"[{', '.join(sorted(data))}: not shown here]"}
+            )
             if best == "text/html":
                 # Cosmetic: the cleaning below would show their source as text.
                 output["data"][best] = _RAW_BLOCK.sub("", output["data"][best])
@@ -97,10 +156,11 @@ def _cleaned(body: str) -> str:
 
     return str(
         bleach.clean(
-        _RAW_BLOCK.sub("", body),
-        tags=_TAGS,
-        attributes=allowed,
-        protocols={"http", "https", "mailto", "data"},
-        strip=True,
-        strip_comments=True,
-    ))
+            _RAW_BLOCK.sub("", body),
+            tags=_TAGS,
+            attributes=allowed,
+            protocols={"http", "https", "mailto", "data"},
+            strip=True,
+            strip_comments=True,
+        )
+    )

@@ -26,7 +26,11 @@ def post(run: Run, channel: str, message: str, *, what: str) -> dict[str, Any]:
     """Say a message once; `what` is its key within the run. Facts: channel, message, address."""
 
     def say() -> dict[str, Any]:
-        return {"channel": channel, "message": message, "address": run.services.chat.post(channel, message, key=run.key(what))}
+        return {
+            "channel": channel,
+            "message": message,
+            "address": run.services.chat.post(channel, message, key=run.key(what)),
+        }
 
     said = deliver(run, say)
     return said if UNDELIVERED not in said else {"channel": channel, "message": message, "what": what, **said}

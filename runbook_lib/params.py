@@ -336,7 +336,9 @@ def _facts(path: Path, name: str) -> dict[str, Any]:
             f"{path.name}: facts: {name} is not there: the stack that writes it is down", remedy="runbook stack up"
         ) from error
     except ValueError as error:
-        raise UsageError(f"{path.name}: facts: {name} is no JSON: {_one_line(error)}", remedy="runbook stack up") from error
+        raise UsageError(
+            f"{path.name}: facts: {name} is no JSON: {_one_line(error)}", remedy="runbook stack up"
+        ) from error
     return dict(data)
 
 

@@ -62,7 +62,9 @@ def record_html(state: RunState, events: Sequence[Event], files: Mapping[str, Fi
         _card("checklist", "Checklist", checklist_html(state)),
         _notebooks(files),
         "</div>",
-        _card("gates", "Gates", "".join(_gate(name, its) for name, its in rounds.items()) or "<p>No gate was reached.</p>"),
+        _card(
+            "gates", "Gates", "".join(_gate(name, its) for name, its in rounds.items()) or "<p>No gate was reached.</p>"
+        ),
         "</div>",
         _spot_checks(events),
         _charts(state, files),
@@ -72,7 +74,9 @@ def record_html(state: RunState, events: Sequence[Event], files: Mapping[str, Fi
     ]
     opened = state.opened
     version, environment = str(opened.get("version", "")), str(opened.get("environment", ""))
-    return page(f"{version} to {environment}: {state.status}", _header(state) + f'<main id="main">{"".join(sections)}</main>')
+    return page(
+        f"{version} to {environment}: {state.status}", _header(state) + f'<main id="main">{"".join(sections)}</main>'
+    )
 
 
 def _header(state: RunState) -> str:
@@ -102,7 +106,9 @@ def _outcome(state: RunState, events: Sequence[Event]) -> str:
     """Why a run did not simply complete; nothing for one that did."""
     parts = []
     if state.rollback is not None:
-        parts.append(f"<p>The way back was taken: {text(str(state.rollback.get('reason', '')).partition('. Next: ')[0])}</p>")
+        parts.append(
+            f"<p>The way back was taken: {text(str(state.rollback.get('reason', '')).partition('. Next: ')[0])}</p>"
+        )
     for event in events:
         if event.kind == "run_ended":
             rest = {key: value for key, value in event.data.items() if key != "state"}
@@ -141,7 +147,7 @@ def _gate(name: str, rounds: Sequence[_Round]) -> str:
         label = f"Round {data['round']}" + ("" if now is rounds[-1] else f" (superseded, {_standing(now)[0]})")
         parts.append(
             f'<p class="soft">{text(label)}: asked {moment(now.opened.time)}, {text(data.get("quorum", 1))} of '
-            f'{text(_roles(data, " or "))}<br>'
+            f"{text(_roles(data, ' or '))}<br>"
             f'<a href="{_href(path)}">Evidence</a> of {text(evidence.get("cards", "–"))} cards, sha256 <code>{text(str(evidence["sha256"])[:16])}…</code></p>'
         )
         parts += [_decision(event) for event in now.decisions]
@@ -159,7 +165,7 @@ def _decision(event: Event) -> str:
     word = pill("✔ approved" if approve else "✖ rejected", tone="good" if approve else "bad")
     comment = f"<blockquote>{text(data['comment'])}</blockquote>" if data.get("comment") else ""
     return (
-        f'<p>{word} <strong>{text(data["person"])}</strong> ({text(roles)}), {moment(event.time)} · '
+        f"<p>{word} <strong>{text(data['person'])}</strong> ({text(roles)}), {moment(event.time)} · "
         f'<a href="{_href(str(data["statement"]))}">signed statement</a></p>{comment}'
     )
 
@@ -174,7 +180,11 @@ def _spot_checks(events: Iterable[Event]) -> str:
         if e.kind == "check_recorded"
     )
     heads = _heads("Check", "Result", "Person", "Recorded", "Note", "Proof")
-    return _card("checks", "Manual spot checks", f'<div class="wide"><table>{heads}<tbody>{rows}</tbody></table></div>') if rows else ""
+    return (
+        _card("checks", "Manual spot checks", f'<div class="wide"><table>{heads}<tbody>{rows}</tbody></table></div>')
+        if rows
+        else ""
+    )
 
 
 def _charts(state: RunState, files: Mapping[str, FileFact]) -> str:
@@ -190,10 +200,17 @@ def _charts(state: RunState, files: Mapping[str, FileFact]) -> str:
     if not figures:
         return ""
     watch = state.step("verify.watch_telemetry").result
-    facts = "" if watch is None else "".join(
-        f'<div><dt>{text(name.replace("_", " "))}</dt><dd>{text(shown(value)[:300])}</dd></div>' for name, value in watch.facts.items()
+    facts = (
+        ""
+        if watch is None
+        else "".join(
+            f"<div><dt>{text(name.replace('_', ' '))}</dt><dd>{text(shown(value)[:300])}</dd></div>"
+            for name, value in watch.facts.items()
+        )
     )
-    verdict = "" if watch is None else f'<p>Verdict of the watch: {pill(watch.verdict)}</p><dl class="facts">{facts}</dl><br>'
+    verdict = (
+        "" if watch is None else f'<p>Verdict of the watch: {pill(watch.verdict)}</p><dl class="facts">{facts}</dl><br>'
+    )
     return _card("charts", "Telemetry", f'{verdict}<div class="charts">{"".join(figures)}</div>')
 
 
@@ -225,7 +242,9 @@ def _timeline(events: Sequence[Event], rounds: Mapping[str, Sequence[_Round]]) -
         '<thead><tr><th scope="col">Step</th><th scope="col">State</th><th scope="col">Began (UTC)</th>'
         '<th scope="col" class="n">Took</th><th scope="col" class="lane">When</th></tr></thead>'
     )
-    return _card("timeline", "Timeline", f'<div class="wide"><table>{heads}<tbody>{"".join(rows)}</tbody></table></div>')
+    return _card(
+        "timeline", "Timeline", f'<div class="wide"><table>{heads}<tbody>{"".join(rows)}</tbody></table></div>'
+    )
 
 
 def _span_row(span: _Span, first: float, whole_s: float) -> str:
@@ -262,7 +281,9 @@ def _spans(events: Iterable[Event], rounds: Mapping[str, Sequence[_Round]]) -> l
             phase_of_gate.setdefault(data["gate"], phase)
         elif event.kind == "step_intent":
             key = str(data["step"])
-            span = _Span(key, key.partition(".")[0], str(data.get("title", key)), event.time, attempt=int(data.get("attempt", 1)))
+            span = _Span(
+                key, key.partition(".")[0], str(data.get("title", key)), event.time, attempt=int(data.get("attempt", 1))
+            )
             last[key] = span
             spans.append(span)
         elif event.kind in ("step_outcome", "step_reset", "step_blocked") and data["step"] in last:
@@ -272,7 +293,9 @@ def _spans(events: Iterable[Event], rounds: Mapping[str, Sequence[_Round]]) -> l
             end = now.timed_out or (now.decisions[-1].time if now.decisions else "")
             number = now.opened.data["round"]
             title = f"{_GATE_TITLES.get(name, name)}: people decide" + (f" (round {number})" if number > 1 else "")
-            spans.append(_Span(f"gate {name}", phase_of_gate.get(name, ""), title, now.opened.time, end, _standing(now)[0]))
+            spans.append(
+                _Span(f"gate {name}", phase_of_gate.get(name, ""), title, now.opened.time, end, _standing(now)[0])
+            )
     phases = list(dict.fromkeys(span.phase for span in spans if span.phase))
     return sorted(spans, key=lambda span: (phases.index(span.phase) if span.phase in phases else -1, span.start))
 
@@ -312,10 +335,10 @@ def _artifacts(files: Mapping[str, FileFact]) -> str:
     )
     logs = sum(path.startswith("logs/") for path in files)
     note = f'<p class="soft">and {logs} command logs under <code>logs/</code>, listed in SHA256SUMS</p>' if logs else ""
-    heads = (
-        '<thead><tr><th scope="col">File</th><th scope="col" class="n">Size</th><th scope="col">SHA-256</th></tr></thead>'
+    heads = '<thead><tr><th scope="col">File</th><th scope="col" class="n">Size</th><th scope="col">SHA-256</th></tr></thead>'
+    return _card(
+        "files", "Files and their digests", f'<div class="wide"><table>{heads}<tbody>{rows}</tbody></table></div>{note}'
     )
-    return _card("files", "Files and their digests", f'<div class="wide"><table>{heads}<tbody>{rows}</tbody></table></div>{note}')
 
 
 def _proof(state: RunState, files: Mapping[str, FileFact]) -> str:

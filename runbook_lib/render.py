@@ -59,13 +59,18 @@ def _done(state: RunState, phase: str, patterns: Sequence[str]) -> tuple[bool | 
     known = {key: step for group in groups for key, step in group.items()}
     for key, step in known.items():
         if step.status in (Status.FAILED, Status.BLOCKED) and not (phase == _ANY_OF and _any_green(groups)):
-            return False, f"{key}: {step.error.partition('. Next: ')[0]}" if step.error else f"{key} {step.status.value}"
+            return (
+                False,
+                f"{key}: {step.error.partition('. Next: ')[0]}" if step.error else f"{key} {step.status.value}",
+            )
     if phase == "Backups complete & validated" and not state.gate("backup").round:
         return None, ""  # gate 1 opens behind the last backup step: until then some have not even begun
     green = [bool(group) and all(s.status is Status.GREEN for s in group.values()) for group in groups]
     if not (any(green) if phase == _ANY_OF else all(green)):
         return None, ""
-    verdicts = {step.result.verdict for step in known.values() if step.result is not None and step.status is Status.GREEN}
+    verdicts = {
+        step.result.verdict for step in known.values() if step.result is not None and step.status is Status.GREEN
+    }
     if phase.startswith("Metrics") and verdicts != {"green"}:
         return (False, "the verdict is red") if "red" in verdicts else (None, "the verdict is inconclusive")
     return True, ""
@@ -94,7 +99,10 @@ def checklist_text(state: RunState) -> str:
         for row in checklist(state)
     ]
     widths = [max(len(r[i]) for r in (head, *rows)) for i in range(3)] + [len(head[3])]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(r, widths, strict=True)) + " |" for r in (head, *rows)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(r, widths, strict=True)) + " |"
+        for r in (head, *rows)
+    ]
     lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     return "\n".join(lines)
 
@@ -127,18 +135,20 @@ def runs_index_html(states: Sequence[RunState]) -> str:
         # Before it is sealed a run has no front page to link to.
         run = f'<a href="{name}/index.html">{name}</a>' if state.ended else name
         approved = ", ".join(
-            f"{gate}: {' '.join(str(d['person']) for d in now.decisions) or 'open'}" for gate, now in state.gates.items()
+            f"{gate}: {' '.join(str(d['person']) for d in now.decisions) or 'open'}"
+            for gate, now in state.gates.items()
         )
         rows.append(
             f'<tr><th scope="row">{run}</th><td>{text(opened.get("version", ""))}</td><td>{pill(state.status)}</td>'
             f"<td>{text(state.phase)}</td><td>{moment(state.opened_time)}</td><td>{moment(state.ended_time)}</td>"
-            f'<td>{text(opened.get("opened_by", ""))}</td><td>{text(approved)}</td></tr>'
+            f"<td>{text(opened.get('opened_by', ''))}</td><td>{text(approved)}</td></tr>"
         )
     heads = "".join(
-        f'<th scope="col">{h}</th>' for h in ("Run", "Version", "State", "Phase", "Opened", "Ended", "Opened by", "Gates")
+        f'<th scope="col">{h}</th>'
+        for h in ("Run", "Version", "State", "Phase", "Opened", "Ended", "Opened by", "Gates")
     )
     body = (
-        f'<header><h1>Releases to {text(environment or "this environment")}</h1>'
+        f"<header><h1>Releases to {text(environment or 'this environment')}</h1>"
         f'<p class="soft">{len(states)} {"run" if len(states) == 1 else "runs"}, newest first</p></header>'
         f'<main id="main"><div class="card wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody>'
         "</table></div></main>"
@@ -186,7 +196,11 @@ def next_move(state: RunState, gate: str | None) -> str:
     """
     run = state.run_id
     if state.ended:
-        after = "" if any(key.startswith("review.") for key in state.steps) else f"the next working day: runbook review {run}"
+        after = (
+            ""
+            if any(key.startswith("review.") for key in state.steps)
+            else f"the next working day: runbook review {run}"
+        )
         return after or "nothing: the run has ended and was reviewed"
     blocked = [key for key, step in state.steps.items() if step.status is Status.BLOCKED]
     if blocked:
@@ -203,7 +217,9 @@ def next_move(state: RunState, gate: str | None) -> str:
 
 def plan_text(plan: Mapping[str, Any]) -> str:
     """A plan for a terminal: every step with its commands, hosts, gates, time and way back."""
-    lines = [f"{plan['version']} ({plan['commit'][:12]}) to {plan['environment']}, before: {plan['previous_commit'][:12]}"]
+    lines = [
+        f"{plan['version']} ({plan['commit'][:12]}) to {plan['environment']}, before: {plan['previous_commit'][:12]}"
+    ]
     phase = ""
     for step in plan["steps"]:
         if step["phase"] != phase:
@@ -216,7 +232,9 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         lines.append(f"    back {step['way_back']}")
     lines.append("")
     for name, gate in plan["gates"].items():
-        lines.append(f"gate {name}: {gate['quorum']} of {' or '.join(gate['roles'])}, within {seconds(gate['timeout_s'])}")
+        lines.append(
+            f"gate {name}: {gate['quorum']} of {' or '.join(gate['roles'])}, within {seconds(gate['timeout_s'])}"
+        )
     lines.append(f"read-only for about {seconds(plan['read_only_s'])} (budget {seconds(plan['budget_s'])})")
     lines += [f"WARNING: {warning}" for warning in plan["warnings"]]
     lines.append(f"plan digest {plan['digest']}")
@@ -225,7 +243,9 @@ def plan_text(plan: Mapping[str, Any]) -> str:
 
 def gate_text(facts: Mapping[str, Any]) -> str:
     """A gate's question and evidence for a terminal."""
-    where = f"round {facts['round']}, {'open' if facts['open'] else 'not open'}" if facts["round"] else "not reached yet"
+    where = (
+        f"round {facts['round']}, {'open' if facts['open'] else 'not open'}" if facts["round"] else "not reached yet"
+    )
     lines = [
         f"{facts['title']} ({where})",
         facts["asks"],
@@ -239,7 +259,8 @@ def gate_text(facts: Mapping[str, Any]) -> str:
     if facts["evidence_sha256"]:
         lines.append(f"evidence sha256 {facts['evidence_sha256']} (check code {facts['check_code']})")
     lines += [
-        f"{d['person']} {d['decision']}s" + (f": {_one_line(d['comment'])}" if d["comment"] else "") for d in facts["decisions"]
+        f"{d['person']} {d['decision']}s" + (f": {_one_line(d['comment'])}" if d["comment"] else "")
+        for d in facts["decisions"]
     ]
     return "\n".join(visible(line) for line in lines)
 

@@ -66,7 +66,9 @@ class ScratchDatabase:
                 (self.params.production,),
             ).fetchone()
             if row is None:
-                raise StepFailedError(f"there is no database {self.params.production}", remedy="mend database.production")
+                raise StepFailedError(
+                    f"there is no database {self.params.production}", remedy="mend database.production"
+                )
             name = sql.Identifier(self.name)
             connection.execute(
                 sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING {} LC_COLLATE {} LC_CTYPE {}").format(
@@ -78,7 +80,9 @@ class ScratchDatabase:
 
     def inventory(self) -> dict[str, Any]:
         """What it holds."""
-        with self.database.connect(self.params.admin_role, self.name, application="runbook: comparing a restore") as connection:
+        with self.database.connect(
+            self.params.admin_role, self.name, application="runbook: comparing a restore"
+        ) as connection:
             return consistent_inventory(connection)
 
     def _admin(self) -> psycopg.Connection[Any]:
@@ -87,7 +91,9 @@ class ScratchDatabase:
         The server finishes a killed client's CREATE DATABASE some time after its death: until then that one has the lock.
         """
         params = self.params
-        connection = self.database.connect(params.admin_role, params.maintenance, application="runbook: scratch restore")
+        connection = self.database.connect(
+            params.admin_role, params.maintenance, application="runbook: scratch restore"
+        )
         connection.execute("SET lock_timeout = '60s'")
         connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", (self.name,))
         return connection

@@ -24,13 +24,17 @@ def run_smoke(run: Run, commit: str, *, bypass: bool, name: str) -> StepResult:
     tree = run.tree(commit)
     report = run.artifact_path(f"smoke/{name}.xml")
     report.unlink(missing_ok=True)
-    command = smoke_tests(tree, base_url=run.params.application.url, report=report, timeout_s=run.params.smoke_timeout_s)
+    command = smoke_tests(
+        tree, base_url=run.params.application.url, report=report, timeout_s=run.params.smoke_timeout_s
+    )
     if bypass:
         token = run.secrets.resolve(run.params.application.bypass_token)
         command = replace(command, env={**command.env, "MAINTENANCE_BYPASS": token})
     done = run.services.shell.run(command, name=name)
     if not report.exists():
-        raise StepFailedError(f"the smoke tests of {commit[:12]} did not run: {done.tail(3)}", remedy=f"read {done.log}")
+        raise StepFailedError(
+            f"the smoke tests of {commit[:12]} did not run: {done.tail(3)}", remedy=f"read {done.log}"
+        )
     run.secrets.redact_file(report)
     suites = ET.parse(report).getroot().iter("testsuite")  # noqa: S314  # our own child's report
     counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
@@ -45,6 +49,6 @@ def run_smoke(run: Run, commit: str, *, bypass: bool, name: str) -> StepResult:
             f"smoke tests of {commit[:12]}: {counts['failures'] + counts['errors']} of {counts['tests']} failed",
             remedy=f"read {done.log}",
         )
-        error.result = replace(result, verdict="red")  # type: ignore[attr-defined]
+        error.result = replace(result, verdict="red")
         raise error
     return result

@@ -5,7 +5,23 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-_FORBIDDEN = frozenset(["script", "iframe", "frame", "frameset", "object", "embed", "applet", "base", "form", "portal", "foreignobject", "animate", "set"])
+_FORBIDDEN = frozenset(
+    [
+        "script",
+        "iframe",
+        "frame",
+        "frameset",
+        "object",
+        "embed",
+        "applet",
+        "base",
+        "form",
+        "portal",
+        "foreignobject",
+        "animate",
+        "set",
+    ]
+)
 _URLS = frozenset({"href", "src", "srcset", "action", "formaction", "data", "xlink:href", "poster", "background"})
 # Searched in the bytes as well: a browser's parser and ours may disagree on where a tag begins.
 _SCRIPT = re.compile(rb"<\s*/?\s*(?:[a-z]+:)?script", re.IGNORECASE)

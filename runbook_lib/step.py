@@ -235,7 +235,9 @@ class Step:
                 remedy=f"runbook status {run.run_id}",
             )
         if executor["host"] != processes.me()["host"]:
-            raise self._block(run, key, known, f"it was started on {executor['host']}, which cannot be looked at from here")
+            raise self._block(
+                run, key, known, f"it was started on {executor['host']}, which cannot be looked at from here"
+            )
         folder = run.folder / known.intent["children"]
         processes.wait_for_children(folder, timeout_s=self.timeout_s)
         if self.recovery is Recovery.REPEAT:

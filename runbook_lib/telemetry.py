@@ -10,7 +10,12 @@ from runbook_lib.adapters import access_log
 from runbook_lib.run import Run
 from runbook_lib.watch import Sample
 
-UNITS = {"p95_latency_s": "seconds", "requests_per_s": "requests/s", "errors_5xx_per_s": "errors/s", "queue_depth_jobs": "jobs"}
+UNITS = {
+    "p95_latency_s": "seconds",
+    "requests_per_s": "requests/s",
+    "errors_5xx_per_s": "errors/s",
+    "queue_depth_jobs": "jobs",
+}
 
 
 def metrics(run: Run) -> tuple[str, ...]:
@@ -30,12 +35,14 @@ def collect(run: Run, start_s: float, end_s: float, window: str) -> list[Sample]
 
 
 def _queue_depth(run: Run, times_s: list[float], window: str) -> list[Sample]:
-    d = run.params.database
-    with run.services.database.connect(d.backup_role, d.production, application=f"runbook {run.run_id}: watch") as session:
+    d, query = run.params.database, (run.params.watch.queue_depth_sql or "").encode()
+    with run.services.database.connect(
+        d.backup_role, d.production, application=f"runbook {run.run_id}: watch"
+    ) as session:
         session.execute("SELECT set_config('statement_timeout', '5s', false)")
         samples = []
         for time_s in times_s:
-            row = session.execute(run.params.watch.queue_depth_sql, {"at": time_s}).fetchone()
+            row = session.execute(query, {"at": time_s}).fetchone()
             value = float(row[0]) if row and row[0] is not None else float("nan")
             samples.append(Sample(time_s, "queue_depth_jobs", value, window))  # type: ignore[arg-type]
     return samples
@@ -47,5 +54,12 @@ def as_csv(samples: list[Sample]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("time", "metric", "value", "window"))
     for sample in sorted(samples, key=lambda s: (s.metric, s.time_s)):
-        writer.writerow((f"{sample.time_s:.3f}", sample.metric, "" if sample.value != sample.value else f"{sample.value:.6g}", sample.window))  # noqa: PLR0124  # NaN
+        writer.writerow(
+            (
+                f"{sample.time_s:.3f}",
+                sample.metric,
+                "" if sample.value != sample.value else f"{sample.value:.6g}",
+                sample.window,
+            )
+        )  # noqa: PLR0124  # NaN
     return out.getvalue()

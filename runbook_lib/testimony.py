@@ -28,7 +28,10 @@ def record_check(run: Run, name: str, *, passed: bool, note: str, person: str, k
     who = decisions.person_of(run, person)
     if not set(who.roles) & set(run.params.gates.release.roles):
         needed = " or ".join(run.params.gates.release.roles)
-        raise UsageError(f"refused: {person} holds {', '.join(who.roles) or 'no role'}; a spot check needs {needed}", remedy="ask them")
+        raise UsageError(
+            f"refused: {person} holds {', '.join(who.roles) or 'no role'}; a spot check needs {needed}",
+            remedy="ask them",
+        )
     if not passed and not note.strip():
         raise UsageError("refused: a failed check needs its note", remedy="give --note TEXT")
     said = {
@@ -82,7 +85,13 @@ def resolve(run: Run, step: str, *, done: bool, comment: str, person: str, key: 
 
     if done:
         result = StepResult(facts=facts, title=str(now.intent["title"]))
-        outcome = {"step": step, "attempt": now.attempt, "status": "green", "result": result.as_json(), "duration_s": 0.0}
+        outcome = {
+            "step": step,
+            "attempt": now.attempt,
+            "status": "green",
+            "result": result.as_json(),
+            "duration_s": 0.0,
+        }
         run.ledger.append(run.run_id, "step_outcome", {**outcome, "settled_by": person}, guard=still_blocked)
     else:
         reset = {"step": step, "attempt": now.attempt, "why": f"not done, says {person}: {comment}", **kept}

@@ -224,7 +224,9 @@ def _check_files(found: Found, prefix: str, tree: Tree, statement: Mapping[str, 
             elif path not in signed:
                 found.wrong(name, prefix + path, "was added: the statement does not name it")
             elif actual[path] != signed[path]:
-                found.wrong(name, prefix + path, f"was changed: sha256 is {actual[path][:16]}…, signed is {signed[path][:16]}…")
+                found.wrong(
+                    name, prefix + path, f"was changed: sha256 is {actual[path][:16]}…, signed is {signed[path][:16]}…"
+                )
     with found.part("SHA256SUMS" if not prefix else "review SHA256SUMS", prefix + SUMS):
         if tree.read(SUMS) != sums({path: value for path, value in actual.items() if path != SUMS}):
             raise VerificationError("it is not the list of the files that are there")

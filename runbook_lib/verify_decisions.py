@@ -51,7 +51,9 @@ class Decisions:
         recorded: dict[str, Event] = {}
         with self.found.part("decisions recorded", _FOLDER):
             for event in self.events:
-                if event.kind in ("gate_decision", "check_recorded") or (event.kind == "step_reset" and "statement" in event.data):
+                if event.kind in ("gate_decision", "check_recorded") or (
+                    event.kind == "step_reset" and "statement" in event.data
+                ):
                     recorded[str(event.data["statement"])] = event
             for path in sorted(recorded):
                 if path not in self.tree.digests or not path.startswith(_FOLDER):
@@ -66,7 +68,9 @@ class Decisions:
             for event in self._kind("gate_opened"):
                 evidence = event.data["evidence"]
                 if self.tree.digests.get(evidence["path"]) != evidence["sha256"]:
-                    raise VerificationError(f"{evidence['path']} is not the evidence of round {event.data['round']} of gate {event.data['gate']}")
+                    raise VerificationError(
+                        f"{evidence['path']} is not the evidence of round {event.data['round']} of gate {event.data['gate']}"
+                    )
         with self.found.part("gates", "ledger.jsonl"):
             self._gates()
 
@@ -107,10 +111,16 @@ class Decisions:
             raise VerificationError(f"it is not what event {event.seq} recorded")
         for key in ("person", "decision", "comment", "check", "passed", "note", "gate", "round"):
             if key in recorded and recorded[key] != said.get(key):
-                raise VerificationError(f"event {event.seq} has {key} {recorded[key]!r}, the statement {said.get(key)!r}")
+                raise VerificationError(
+                    f"event {event.seq} has {key} {recorded[key]!r}, the statement {said.get(key)!r}"
+                )
 
-    def _gate_decision(self, value: Mapping[str, Any], said: Mapping[str, Any], data: bytes, event: Event | None) -> None:
-        opened = [e for e in self._kind("gate_opened") if (e.data["gate"], e.data["round"]) == (said["gate"], said["round"])]
+    def _gate_decision(
+        self, value: Mapping[str, Any], said: Mapping[str, Any], data: bytes, event: Event | None
+    ) -> None:
+        opened = [
+            e for e in self._kind("gate_opened") if (e.data["gate"], e.data["round"]) == (said["gate"], said["round"])
+        ]
         if len(opened) != 1:
             raise VerificationError(f"the ledger has no round {said['round']!r} of gate {said['gate']!r}")
         asked = opened[0].data
@@ -156,7 +166,9 @@ class Decisions:
         for opened in self._kind("gate_opened"):
             rule = self.params["gates"][opened.data["gate"]]
             if (opened.data["roles"], opened.data["quorum"]) != (rule["roles"], rule["quorum"]):
-                raise VerificationError(f"event {opened.seq}: gate {opened.data['gate']} was not opened by the parameters' rule")
+                raise VerificationError(
+                    f"event {opened.seq}: gate {opened.data['gate']} was not opened by the parameters' rule"
+                )
         done = {name: self._approved_at(name) for name in _BEHIND}
         missing = ", ".join(name for name in _BEHIND if self._approved_at(name, newest=True) is None)
         if self.state.ended == "completed" and missing:
@@ -166,11 +178,15 @@ class Decisions:
             for name, phases in _BEHIND.items():
                 seq = done[name]
                 if phase in phases and (seq is None or seq > event.seq):
-                    raise VerificationError(f"event {event.seq}: {event.data['step']} began before gate {name} was green")
+                    raise VerificationError(
+                        f"event {event.seq}: {event.data['step']} began before gate {name} was green"
+                    )
             for name, digests in dict(event.data.get("gates", {})).items():
                 unknown = set(digests) - self.valid.keys()
                 if unknown:
-                    raise VerificationError(f"event {event.seq}: {event.data['step']} rests on a decision on {name} that does not stand")
+                    raise VerificationError(
+                        f"event {event.seq}: {event.data['step']} rests on a decision on {name} that does not stand"
+                    )
         for name, key in _SIGN_OFF.items():
             if self.state.green(key) and done[name] is None:
                 raise VerificationError(f"gate {name} is green in the ledger without its approvals")

@@ -74,9 +74,7 @@ Pieces = Sequence[tuple[Track, str | None]]  # stretches of the baseline, each w
 _T = TypeVar("_T")
 
 
-def judge(
-    samples: Iterable[Sample], config: WatchConfig | None = None, *, now_s: float | None = None
-) -> Judgement:
+def judge(samples: Iterable[Sample], config: WatchConfig | None = None, *, now_s: float | None = None) -> Judgement:
     """Judge the samples of a watch against its baseline. Never raises on samples that `read_series` returns.
 
     Args:
@@ -231,15 +229,9 @@ class _Bench:
         # The limit of a sum is a limit of the whole service, not of each of its instances.
         if limit is not None and (name is None or effect.combine == "mean"):
             findings.append(by_limit(reading, limit, effect.sign))
-        pieces = [
-            (stretch, peer) for reference, peer in references for stretch in self._usable(metric, reference)
-        ]
+        pieces = [(stretch, peer) for reference, peer in references for stretch in self._usable(metric, reference)]
         if not pieces:
-            why = (
-                "the baseline has no stretch of 20 finite samples, 90 % complete"
-                if references
-                else "no baseline"
-            )
+            why = "the baseline has no stretch of 20 finite samples, 90 % complete" if references else "no baseline"
             findings.append(Finding("inconclusive", (why,), {"minutes": reading.known}))
         else:
             compare = self._by_share if metric == ERRORS else self._by_level
@@ -352,9 +344,7 @@ class _Bench:
         steady = set(track.finite)
         varied = any(len(set(stretch.finite)) > len(stretch.finite) / 2 for stretch, _ in pieces)
         if varied and len(steady) == 1 and steady != {0.0}:
-            finding = finding.doubted(
-                f"every sample is {show(*steady)} where the baseline varies: is it stuck?"
-            )
+            finding = finding.doubted(f"every sample is {show(*steady)} where the baseline varies: is it stuck?")
         return finding
 
     def _thinned(self, finding: Finding) -> Finding:

@@ -55,9 +55,7 @@ class WatchConfig:
     duration_s: float = 900.0
     interval_s: float | None = None  # None: the baseline's median step, per metric
     metrics: tuple[str, ...] = DEFAULT_METRICS  # all of them must be green for a green verdict
-    hard_limits: Mapping[str, float] = field(
-        default_factory=dict
-    )  # worst value allowed, in the metric's unit
+    hard_limits: Mapping[str, float] = field(default_factory=dict)  # worst value allowed, in the metric's unit
     floor_rps: float = 0.5  # least mean request rate that can be judged: 450 requests in 15 minutes
     max_traffic_ratio: float = 3.0  # current / baseline; above it the two are not comparable
     error_share: float = 0.005  # least growth of errors / requests that can be red

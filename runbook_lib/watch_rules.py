@@ -27,9 +27,7 @@ SHIFT_MINUTES = 12  # or so many beyond every level that the baseline held as lo
 DOUBTFUL_SHIFT = 10  # fewer of those, yet never green
 GROWING_TAIL = 3  # or so many at the end of a rise without a pause, for what piles up
 GREEN_MINUTES = 3  # more bad minutes than this are never green; a cron job or a garbage collection takes less
-GREEN_RUN = (
-    2  # nor are more than this in a row, nor so many at the very end, where nobody knows how it goes on
-)
+GREEN_RUN = 2  # nor are more than this in a row, nor so many at the very end, where nobody knows how it goes on
 USUAL = 0.9  # share of the baseline's own minutes that count as usual
 ERROR_MINUTES = 4  # errors must be spread over so many minutes to be red
 ERROR_COUNT = 5  # and be so many more than the baseline leads to expect
@@ -157,9 +155,7 @@ def by_level(reading: Reading, reference: Sequence[float], effect: Effect) -> Fi
     if sum(value > shift_at for value in feared) >= DOUBTFUL_SHIFT:
         doubt.append(shift)
     if not middle <= max(suspect_at, min(usual, shift_at)):
-        doubt.append(
-            f"median {show(sign * now)} is {side} {show(sign * suspect_at)} (baseline {show(sign * level)})"
-        )
+        doubt.append(f"median {show(sign * now)} is {side} {show(sign * suspect_at)} (baseline {show(sign * level)})")
     if doubt:
         return Finding("inconclusive", tuple(doubt), figures, thresholds)
     return Finding("green", (), figures, thresholds)
@@ -227,9 +223,7 @@ def by_share(
         doubt.append(said)
     failed = sum(piece.errors * piece.seconds for piece in feared)
     if per == "requests" and worst_share > SICK_SHARE and failed >= 2:
-        doubt.append(
-            f"one request in {max(1, round(1 / min(worst_share, 1.0)))} fails, whatever the baseline did"
-        )
+        doubt.append(f"one request in {max(1, round(1 / min(worst_share, 1.0)))} fails, whatever the baseline did")
     if doubt:
         return Finding("inconclusive", tuple(dict.fromkeys(doubt)), figures, thresholds)
     return Finding("green", (), figures, thresholds)

@@ -100,9 +100,7 @@ class Track:
     times_s: tuple[float, ...]
     values: tuple[float, ...]
     infinite: int = 0
-    conflicts: int = (
-        0  # moments with two different values: which one is true is not known, so they are missing
-    )
+    conflicts: int = 0  # moments with two different values: which one is true is not known, so they are missing
 
     @property
     def finite(self) -> tuple[float, ...]:
@@ -231,9 +229,7 @@ def combined(tracks: Sequence[Track], span: Span, how: str, *, strict: bool) -> 
     """
     # A look back of one step and a half: scrapes jitter, and a sample that is older than that is missing.
     step = span.interval_s
-    slots = sorted(
-        {math.floor((time - span.start_s) / step + 1e-9) for track in tracks for time in track.times_s}
-    )
+    slots = sorted({math.floor((time - span.start_s) / step + 1e-9) for track in tracks for time in track.times_s})
     values = []
     for slot in slots:
         due_s = span.start_s + (slot + 1 - 1e-9) * step

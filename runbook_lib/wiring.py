@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import gate, params as params_module, signatures
+from runbook_lib import gate, signatures
+from runbook_lib import params as params_module
 from runbook_lib.adapters import http
 from runbook_lib.adapters.balancer import HttpBalancer
 from runbook_lib.adapters.database import Database
@@ -163,7 +164,7 @@ def attach(run_id: str) -> Run:
     """
     if not _RUN_ID.fullmatch(run_id):
         raise UsageError(f"{run_id[:80]!r} is no run id", remedy="runbook list")
-    found = [p for p in (root() / "outputs").glob(f"*/{run_id}/params.json")]
+    found = list((root() / "outputs").glob(f"*/{run_id}/params.json"))
     if not found:
         raise UsageError(f"there is no run {run_id}", remedy="runbook list")
     data = json.loads(found[0].read_bytes())
@@ -195,7 +196,9 @@ def open_run(environment: str = "rehearsal", version: str = "", run_id: str = ""
         return run
     params = load_params(environment)
     if params.rehearsal is None:
-        raise UsageError(f"{environment} is no rehearsal: a run id is needed", remedy=f"runbook run {environment} --version V")
+        raise UsageError(
+            f"{environment} is no rehearsal: a run id is needed", remedy=f"runbook run {environment} --version V"
+        )
     open_runs = [s for s in ledger_of(params).runs(environment) if s.opened.get("people_sign")]
     newest = next((s for s in open_runs if not version or s.opened["version"] == version), None)
     if newest is not None and not newest.ended:
@@ -216,7 +219,9 @@ def last_run(environment: str = "rehearsal", version: str = "", run_id: str = ""
     if run_id:
         return open_run(environment, version, run_id)
     params = load_params(environment)
-    newest = next((s for s in ledger_of(params).runs(environment) if not version or s.opened["version"] == version), None)
+    newest = next(
+        (s for s in ledger_of(params).runs(environment) if not version or s.opened["version"] == version), None
+    )
     if newest is None:
         raise UsageError(f"{environment} has no run to look back at", remedy=f"runbook run {environment}")
     return attach(newest.run_id)
@@ -273,7 +278,9 @@ def _services(params: Params, secrets: Secrets, scratch: Path, folder: Path) -> 
             profile=store.profile,
             credentials_file=store.credentials_file,
         ),
-        repository=GitRepository(params.repository.url, scratch=scratch / "git", ci_notes_ref=params.repository.ci_notes_ref),
+        repository=GitRepository(
+            params.repository.url, scratch=scratch / "git", ci_notes_ref=params.repository.ci_notes_ref
+        ),
         balancer=HttpBalancer(params.deploy.balancer) if params.deploy.balancer else None,
         hosts={name: host_from(name, host.address) for name, host in params.all_hosts.items()},
         database=Database(database.host, database.port, database.passfile),

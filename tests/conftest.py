@@ -26,7 +26,12 @@ class Project:
 
     @property
     def env(self) -> dict[str, str]:
-        return {**os.environ, "RUNBOOK_HOME": str(self.root), "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        return {
+            **os.environ,
+            "RUNBOOK_HOME": str(self.root),
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -34,7 +39,12 @@ class Project:
 
     def runbook(self, *words: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            (sys.executable, "-m", "runbook_lib", *words), env=self.env, cwd=self.root, capture_output=True, text=True, timeout=timeout
+            (sys.executable, "-m", "runbook_lib", *words),
+            env=self.env,
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
 
     def start(self, *words: str) -> subprocess.Popen[str]:
@@ -56,7 +66,9 @@ class Project:
         folder = self.root / "outputs" / "rehearsal"
         return sorted(p for p in folder.glob("2*") if p.is_dir()) if folder.is_dir() else []
 
-    def approve(self, run_id: str, gate: str, person: str, *, key_of: str | None = None) -> subprocess.CompletedProcess[str]:
+    def approve(
+        self, run_id: str, gate: str, person: str, *, key_of: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
         key = self.facts["people"][key_of or person]["key"]
         return self.runbook("gate", "approve", run_id, gate, "--as", person, "--key", key, "--comment", "seen")
 

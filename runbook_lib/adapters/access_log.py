@@ -37,7 +37,9 @@ def read_lines(path: Path, since_s: float) -> list[dict[str, Any]]:
                 if line and json.loads(line)["time"] < since_s:
                     break
     except OSError as error:
-        raise UnavailableError(f"the access log {path} cannot be read: {error.strerror}", remedy="mend watch.access_log") from error
+        raise UnavailableError(
+            f"the access log {path} cannot be read: {error.strerror}", remedy="mend watch.access_log"
+        ) from error
     found = []
     for raw in tail.splitlines(keepends=True):
         if not raw.endswith(b"\n"):

@@ -40,4 +40,6 @@ class Database:
             said = " ".join(str(error).split())
             refused = any(word in said for word in ("authentication", "does not exist", "no password", "not permitted"))
             kind = DeniedError if refused else UnavailableError
-            raise kind(f"database {dbname} at {self.host}:{self.port} as {role}: {said[:300]}", remedy="runbook doctor ENV") from error
+            raise kind(
+                f"database {dbname} at {self.host}:{self.port} as {role}: {said[:300]}", remedy="runbook doctor ENV"
+            ) from error

@@ -23,7 +23,13 @@ from runbook_lib.ledger import utc_now
 FREEZE_FILE = "runbook-freeze.json"
 _PUSH_TRIES = 5
 _NO_NAME = re.compile(r"[\x00-\x20^~:?*\[\\]|\.\.|@\{")
-_DENIED = ("permission denied", "authentication failed", "could not read username", "not authorized", "dubious ownership")
+_DENIED = (
+    "permission denied",
+    "authentication failed",
+    "could not read username",
+    "not authorized",
+    "dubious ownership",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,9 @@ class GitRepository:
         found = None if _NO_NAME.search(ref) else self._try(git.commit_of_tag(repository, ref))
         if found is None:
             known = ", ".join(self._git(git.tags(repository)).split()) or "none"
-            raise UsageError(f"there is no tag {ref} in {self.url} (newest: {known})", remedy="push the tag, or name another version")
+            raise UsageError(
+                f"there is no tag {ref} in {self.url} (newest: {known})", remedy="push the tag, or name another version"
+            )
         return found.strip()
 
     def merged(self, commit: str, branch: str) -> bool:
@@ -101,7 +109,9 @@ class GitRepository:
                     f"merges are frozen already, by run {holder}", remedy=f"finish or abort run {holder} first"
                 ) from None
         except OSError as error:
-            raise DeniedError(f"the freeze cannot be written to {path}: {error.strerror}", remedy="check its rights") from error
+            raise DeniedError(
+                f"the freeze cannot be written to {path}: {error.strerror}", remedy="check its rights"
+            ) from error
         finally:
             draft.unlink(missing_ok=True)
 
@@ -124,7 +134,9 @@ class GitRepository:
             path.unlink(missing_ok=True)
             sync_folder(path.parent)
         except OSError as error:
-            raise DeniedError(f"the freeze {path} cannot be lifted: {error.strerror}", remedy=f"remove {path}") from error
+            raise DeniedError(
+                f"the freeze {path} cannot be lifted: {error.strerror}", remedy=f"remove {path}"
+            ) from error
 
     def export(self, commit: str, into: Path) -> None:
         """See `ports.Repository`."""
@@ -164,10 +176,14 @@ class GitRepository:
             if done.returncode == 0:
                 return commit
             said = _one_line(done.stderr)
-            if not any(word in said for word in ("fetch first", "non-fast-forward", "failed to update ref", "cannot lock ref")):
+            if not any(
+                word in said for word in ("fetch first", "non-fast-forward", "failed to update ref", "cannot lock ref")
+            ):
                 break
             # Somebody else pushed in between: on top of theirs then.
-        raise StepFailedError(f"{self.url} refused the changelog on {branch}: {said}", remedy="lift what refuses it, then resume")
+        raise StepFailedError(
+            f"{self.url} refused the changelog on {branch}: {said}", remedy="lift what refuses it, then resume"
+        )
 
     def find_changelog(self, *, branch: str, key: str) -> str | None:
         """See `ports.Repository`."""
@@ -191,7 +207,11 @@ class GitRepository:
         title = entry.strip().splitlines()[0].lstrip("# ").strip()
         message = f"Changelog: {title}\n\n{git.KEY_TRAILER}: {key}\n"
         name, address = self.author
-        who = {f"GIT_{role}_{part}": value for role in ("AUTHOR", "COMMITTER") for part, value in (("NAME", name), ("EMAIL", address))}
+        who = {
+            f"GIT_{role}_{part}": value
+            for role in ("AUTHOR", "COMMITTER")
+            for part, value in (("NAME", name), ("EMAIL", address))
+        }
         return self._git(git.git(mirror, "commit-tree", tree, "-p", head, "-m", message), env=who).strip()
 
     @property
@@ -241,7 +261,9 @@ class GitRepository:
         if done.returncode == 0:
             return done.stdout
         if any(word in done.stderr.lower() for word in (*_DENIED, "not a git repository")):
-            raise DeniedError(f"git on {self.url}: {_one_line(done.stderr)}", remedy="check repository.url and its rights")
+            raise DeniedError(
+                f"git on {self.url}: {_one_line(done.stderr)}", remedy="check repository.url and its rights"
+            )
         return None
 
     def _run(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -262,7 +284,9 @@ class GitRepository:
                 timeout=self.timeout_s,
             )
         except subprocess.TimeoutExpired as error:
-            raise UnavailableError(f"git on {self.url} did not answer in {self.timeout_s:g} s", remedy="try again") from error
+            raise UnavailableError(
+                f"git on {self.url} did not answer in {self.timeout_s:g} s", remedy="try again"
+            ) from error
         except FileNotFoundError as error:
             raise UsageError("git is not installed on this machine", remedy="install git") from error
 

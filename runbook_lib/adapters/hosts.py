@@ -69,7 +69,8 @@ def host_from(name: str, address: str) -> Host:
     found = _SSH.fullmatch(address)
     if found is None:
         raise UsageError(
-            f"hosts.{name}.address: {address!r} is no address", remedy="use local:/FOLDER or ssh:[user@]host[:port]/FOLDER"
+            f"hosts.{name}.address: {address!r} is no address",
+            remedy="use local:/FOLDER or ssh:[user@]host[:port]/FOLDER",
         )
     user, host, port, home = found.groups()
     return SshHost(name, home, host, user, int(port) if port else None)

@@ -198,4 +198,6 @@ def _reachable(path: Path) -> Iterator[None]:
     except PermissionError as error:
         raise DeniedError(f"{path} may not be used: {error.strerror}", remedy="check the folder's rights") from error
     except OSError as error:
-        raise UnavailableError(f"{path} cannot be used: {error.strerror}", remedy="check the folder and its disk") from error
+        raise UnavailableError(
+            f"{path} cannot be used: {error.strerror}", remedy="check the folder and its disk"
+        ) from error

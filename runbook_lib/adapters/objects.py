@@ -57,7 +57,9 @@ class S3Store:
             return known
         found = sha256_file(path)
         if found != sha256:
-            raise StepFailedError(f"{path} has sha256 {found}, expected {sha256}", remedy="the local file changed: back up again")
+            raise StepFailedError(
+                f"{path} has sha256 {found}, expected {sha256}", remedy="the local file changed: back up again"
+            )
         with self._answering(key):
             if path.stat().st_size <= _ONE_REQUEST_BYTES:
                 self._put_whole(path, key, sha256)
@@ -113,7 +115,12 @@ class S3Store:
                 checksum = base64.b64encode(hashlib.sha256(block).digest()).decode()
                 number = len(parts) + 1
                 done = s3.upload_part(
-                    Bucket=self.bucket, Key=name, UploadId=upload, PartNumber=number, Body=block, ChecksumSHA256=checksum
+                    Bucket=self.bucket,
+                    Key=name,
+                    UploadId=upload,
+                    PartNumber=number,
+                    Body=block,
+                    ChecksumSHA256=checksum,
                 )
                 parts.append({"PartNumber": number, "ETag": done["ETag"], "ChecksumSHA256": checksum})
         s3.complete_multipart_upload(Bucket=self.bucket, Key=name, UploadId=upload, MultipartUpload={"Parts": parts})
@@ -131,7 +138,9 @@ class S3Store:
             newest = self._head(key)
             if newest is None or (newest.sha256, newest.size_bytes) == (sha256, size_bytes):
                 return newest
-            pages = self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=self._full(key))
+            pages = self._client.get_paginator("list_object_versions").paginate(
+                Bucket=self.bucket, Prefix=self._full(key)
+            )
             for page in pages:
                 for version in page.get("Versions", []):
                     if version["Key"] == self._full(key) and version["Size"] == size_bytes:
@@ -150,7 +159,9 @@ class S3Store:
             if error.response.get("Error", {}).get("Code") in _MISSING:
                 return None
             raise
-        return Stored(key, said.get("VersionId") or "null", said["ContentLength"], said.get("Metadata", {}).get("sha256"))
+        return Stored(
+            key, said.get("VersionId") or "null", said["ContentLength"], said.get("Metadata", {}).get("sha256")
+        )
 
     @property
     def _client(self) -> S3Client:
@@ -218,7 +229,9 @@ class S3Store:
             raise UnavailableError(said, remedy="try again: runbook resume RUN") from error
         except BotoCoreError as error:
             said = " ".join(str(error).split())[:300]
-            raise UnavailableError(f"{self._address(key)}: {said}", remedy="check backup.store.endpoint, then resume") from error
+            raise UnavailableError(
+                f"{self._address(key)}: {said}", remedy="check backup.store.endpoint, then resume"
+            ) from error
 
 
 # boto3's loader is not safe to use from two threads at once.

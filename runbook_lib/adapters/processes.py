@@ -61,11 +61,8 @@ def me() -> dict[str, Any]:
 
 def alive(process: Mapping[str, Any]) -> bool:
     """True when that very process still runs on this machine."""
-    return (
-        process["host"] == socket.gethostname()
-        and process["boot"] == boot_id()
-        and start_time(process["pid"]) == process["start"]
-    )
+    here = bool(process["host"] == socket.gethostname() and process["boot"] == boot_id())
+    return here and start_time(int(process["pid"])) == int(process["start"])
 
 
 def gone_within(process: Mapping[str, Any], seconds: float) -> bool:
@@ -133,7 +130,9 @@ def _wait_lock(deadline: float, record: Path) -> None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise StepInDoubtError(f"its command ({record.stem}) still runs", remedy="wait, or end it") from None
+                    raise StepInDoubtError(
+                        f"its command ({record.stem}) still runs", remedy="wait, or end it"
+                    ) from None
                 time.sleep(0.05)
             else:
                 return

@@ -30,7 +30,9 @@ class Secrets:
             try:
                 value = Path(where).read_text().strip()
             except OSError as error:
-                raise UsageError(f"secret {reference} cannot be read: {error.strerror}", remedy="mend the reference") from error
+                raise UsageError(
+                    f"secret {reference} cannot be read: {error.strerror}", remedy="mend the reference"
+                ) from error
         else:
             raise UsageError(f"secret reference {kind}: is not known", remedy="use env:NAME or file:PATH")
         if not value:

@@ -41,7 +41,9 @@ class LocalShell:
             stale.unlink(missing_ok=True)
         program = shutil.which(command.argv[0], path=command.env.get("PATH", os.environ.get("PATH", "")))
         if program is None:
-            raise UsageError(f"{command.argv[0]} is not installed on this machine", remedy="runbook doctor ENV names what is missing")
+            raise UsageError(
+                f"{command.argv[0]} is not installed on this machine", remedy="runbook doctor ENV names what is missing"
+            )
         started = time.monotonic()
         with ExitStack() as stack:
             out = stack.enter_context(log.open("wb"))

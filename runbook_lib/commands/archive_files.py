@@ -45,10 +45,18 @@ def create(files: Sequence[str], *, known: Mapping[str, str], into: Path, timeou
 
     `X/.` archives the folder behind a link named X. Exit 1 is tar's "changed as we read it": the digests decide.
     """
-    named = [
-        posixpath.join(_named(name), ".") if _is_folder(name, known) else _named(name) for name in files
-    ]
-    argv = ("tar", "--create", "--gzip", "--file=-", "--sort=name", "--numeric-owner", "--hard-dereference", "--", *named)
+    named = [posixpath.join(_named(name), ".") if _is_folder(name, known) else _named(name) for name in files]
+    argv = (
+        "tar",
+        "--create",
+        "--gzip",
+        "--file=-",
+        "--sort=name",
+        "--numeric-owner",
+        "--hard-dereference",
+        "--",
+        *named,
+    )
     return Command(argv, timeout_s=timeout_s, stdout=into, ok_exits=(0, 1))
 
 

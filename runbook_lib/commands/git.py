@@ -55,7 +55,9 @@ def archive(repository: Path | str, commit: str, *, into: Path) -> tuple[str, ..
 def fetch(repository: Path | str, url: str) -> tuple[str, ...]:
     """Make a bare mirror hold what the git host holds now: branches, tags and notes, gone ones removed."""
     refs = ("+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*", "+refs/notes/*:refs/notes/*")
-    return git(repository, "fetch", "--quiet", "--prune", "--no-tags", "--no-write-fetch-head", "--end-of-options", url, *refs)
+    return git(
+        repository, "fetch", "--quiet", "--prune", "--no-tags", "--no-write-fetch-head", "--end-of-options", url, *refs
+    )
 
 
 def find_key(repository: Path | str, branch: str, key: str) -> tuple[str, ...]:

@@ -21,7 +21,13 @@ OPTIONS = (
 
 
 def over_ssh(
-    argv: Sequence[str], *, host: str, home: str, user: str | None = None, port: int | None = None, options: Sequence[str] = ()
+    argv: Sequence[str],
+    *,
+    host: str,
+    home: str,
+    user: str | None = None,
+    port: int | None = None,
+    options: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """The ssh command that runs `argv` in `home` on a host.
 

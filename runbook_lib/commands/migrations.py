@@ -39,7 +39,9 @@ def up(tool: str, executable: str, target: Target, *, tree: Path, directory: str
     return _dbmate(executable, target, tree / directory, timeout_s, "up")
 
 
-def down(tool: str, executable: str, target: Target, *, tree: Path, directory: str, timeout_s: float, version: str) -> Command:
+def down(
+    tool: str, executable: str, target: Target, *, tree: Path, directory: str, timeout_s: float, version: str
+) -> Command:
     """Undo one version; dbmate undoes the newest only, so its caller checks first which that is."""
     if tool == "rails":
         command = _rails(executable, target, tree, timeout_s, "db:migrate:down")

@@ -22,7 +22,13 @@ class Server:
 
     def arguments(self, role: str, dbname: str) -> tuple[str, ...]:
         """The connection as options; --no-password: a prompt would hang a headless run."""
-        return (f"--host={self.host}", f"--port={self.port}", f"--username={role}", "--no-password", f"--dbname={dbname}")
+        return (
+            f"--host={self.host}",
+            f"--port={self.port}",
+            f"--username={role}",
+            "--no-password",
+            f"--dbname={dbname}",
+        )
 
     def env(self) -> dict[str, str]:
         """What libpq needs, and what a DBA sees in pg_stat_activity."""

@@ -95,7 +95,8 @@ def archive_files(run: Run, host: str) -> StepResult:
         before = _source_manifest(run, host, "before")
         if not before:
             raise StepFailedError(
-                f"{host} has no file in {', '.join(run.params.all_hosts[host].files)}", remedy=f"mend hosts.{host}.files"
+                f"{host} has no file in {', '.join(run.params.all_hosts[host].files)}",
+                remedy=f"mend hosts.{host}.files",
             )
         run.services.shell.run(_tar(run, host, before, part), name=f"tar-{host}")
         _sync(part)
@@ -155,7 +156,9 @@ def _source_manifest(run: Run, host: str, when: str) -> dict[str, str]:
     try:
         return files.parse_manifest(into.read_bytes())
     except ValueError as error:
-        raise StepFailedError(f"the list of files of {host} is not readable: {error}", remedy=f"look at {into}") from error
+        raise StepFailedError(
+            f"the list of files of {host} is not readable: {error}", remedy=f"look at {into}"
+        ) from error
 
 
 def _contents(archive: Path) -> dict[str, str]:
@@ -377,7 +380,9 @@ def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
 def _(run: Run) -> list[tuple[str, ...]]:
     store = run.params.backup.store
     paths = [dump_path(run), *(archive_path(run, host) for host in _hosts(run)), Path("inventory.json")]
-    return [("call", f"put {path.name} to s3://{store.bucket}/{store.prefix}/{_remote_key(run, path)}") for path in paths]
+    return [
+        ("call", f"put {path.name} to s3://{store.bucket}/{store.prefix}/{_remote_key(run, path)}") for path in paths
+    ]
 
 
 def _copies(run: Run) -> list[tuple[Path, str]]:
@@ -397,7 +402,9 @@ def _read_back(run: Run) -> StepResult:
     for path, digest in _copies(run):
         stored = run.services.store.find(_remote_key(run, path))
         if stored is None:
-            raise StepFailedError(f"{_remote_key(run, path)} is not in the store", remedy=f"runbook resume {run.run_id}")
+            raise StepFailedError(
+                f"{_remote_key(run, path)} is not in the store", remedy=f"runbook resume {run.run_id}"
+            )
         found, size_bytes = run.services.store.read_back(stored)
         if found != digest:
             raise StepFailedError(
@@ -405,7 +412,13 @@ def _read_back(run: Run) -> StepResult:
                 remedy="do not trust the store: look at it before going on",
             )
         copies.append(
-            {"file": path.name, "key": stored.key, "version_id": stored.version_id, "sha256": found, "bytes": size_bytes}
+            {
+                "file": path.name,
+                "key": stored.key,
+                "version_id": stored.version_id,
+                "sha256": found,
+                "bytes": size_bytes,
+            }
         )
     kept = run.keep("backup/off_site.json", json.dumps(copies, indent=1) + "\n")
     store = run.params.backup.store
@@ -435,7 +448,9 @@ def compare_hashes(run: Run) -> StepResult:
         local = sha256_file(path) if path.is_file() else "missing"
         equal = source == local == copy.get("sha256")
         if not equal:
-            unequal.append(f"{path.name}: source {source[:12]}, local {local[:12]}, off site {str(copy.get('sha256'))[:12]}")
+            unequal.append(
+                f"{path.name}: source {source[:12]}, local {local[:12]}, off site {str(copy.get('sha256'))[:12]}"
+            )
         entries.append(
             {
                 "file": path.name,
@@ -475,7 +490,9 @@ def compare_hashes(run: Run) -> StepResult:
 
 @compare_hashes.plan
 def _(run: Run) -> list[tuple[str, ...]]:
-    return [("call", f"sha256 of {path.name}") for path in (dump_path(run), *(archive_path(run, h) for h in _hosts(run)))]
+    return [
+        ("call", f"sha256 of {path.name}") for path in (dump_path(run), *(archive_path(run, h) for h in _hosts(run)))
+    ]
 
 
 def _age_s(taken_at: str) -> float:

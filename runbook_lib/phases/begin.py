@@ -19,7 +19,7 @@ _FEWEST_POINTS, _COMPLETE = 20, 0.95
 
 def window_minutes(run: Run) -> int:
     """The read-only window that is announced, in minutes, as the pinned plan computed it."""
-    return max(1, math.ceil(run.plan["read_only_s"] / 60))
+    return max(1, math.ceil(float(run.plan["read_only_s"]) / 60))
 
 
 @step("Check that the watch has its baseline", recovery=Recovery.REPEAT, owner="On-call", expected_s=5.0)
@@ -117,13 +117,21 @@ def fence_writes(run: Run) -> StepResult:
     second run changes nothing.
     """
     ended = maintenance.fence(run)
-    return StepResult(facts={"role": run.params.database.app_role, "sessions ended": ended, "SQLSTATE": maintenance.prove_fenced(run)})
+    return StepResult(
+        facts={"role": run.params.database.app_role, "sessions ended": ended, "SQLSTATE": maintenance.prove_fenced(run)}
+    )
 
 
 @fence_writes.plan
 def _plan_fence(run: Run) -> list[tuple[str, ...]]:
     d = run.params.database
-    return [("sql", d.maintenance, f"ALTER ROLE {d.app_role} IN DATABASE {d.production} SET default_transaction_read_only = on")]
+    return [
+        (
+            "sql",
+            d.maintenance,
+            f"ALTER ROLE {d.app_role} IN DATABASE {d.production} SET default_transaction_read_only = on",
+        )
+    ]
 
 
 @step(
@@ -145,7 +153,10 @@ def prove_read_only(run: Run) -> StepResult:
 @prove_read_only.plan
 def _plan_prove(run: Run) -> list[tuple[str, ...]]:
     application = run.params.application
-    return [("http", "POST", application.url + application.probe_write_path), ("http", "GET", application.url + application.health_path)]
+    return [
+        ("http", "POST", application.url + application.probe_write_path),
+        ("http", "GET", application.url + application.health_path),
+    ]
 
 
 STEPS = (check_baseline, announce_start, enable_maintenance, fence_writes, prove_read_only)

@@ -55,7 +55,10 @@ def _open(run: Run) -> dict[str, Any] | None:
 
 @lift_maintenance.plan
 def _(run: Run) -> list[tuple[str, ...]]:
-    return [maintenance.playbook(run, "disable_maintenance.yml").argv, ("call", "a write through the front door is taken")]
+    return [
+        maintenance.playbook(run, "disable_maintenance.yml").argv,
+        ("call", "a write through the front door is taken"),
+    ]
 
 
 @step(

@@ -56,7 +56,9 @@ def deploy_to(run: Run, host: str, commit: str, *, name: str) -> StepResult:
         health = http.request("GET", params.url + run.params.application.health_path)
         after = serving(run, host)
         if health.status != 200 or after != commit:
-            raise StepFailedError(f"{host} answers {health.status} and serves {after}, not {commit}", remedy=f"read {done.log}")
+            raise StepFailedError(
+                f"{host} answers {health.status} and serves {after}, not {commit}", remedy=f"read {done.log}"
+            )
     if balanced and balancer is not None:
         balancer.ready(host)
     facts = {"commit": commit, "before": before, "seconds": round(done.duration_s, 1)}
@@ -68,7 +70,11 @@ def found_on(run: Run, host: str, commit: str) -> StepResult | None:
     params, balancer = run.params.all_hosts[host], run.services.balancer
     if params.url is None or serving(run, host) != commit:
         return None
-    if balancer is not None and params.balanced and not any(b.name == host and b.state == "ready" for b in balancer.backends()):
+    if (
+        balancer is not None
+        and params.balanced
+        and not any(b.name == host and b.state == "ready" for b in balancer.backends())
+    ):
         balancer.ready(host)
     return StepResult(facts={"commit": commit, "found": "after an interruption"})
 
@@ -95,7 +101,13 @@ def lift_write_fence(run: Run) -> StepResult:
 @lift_write_fence.plan
 def _plan_lift(run: Run) -> list[tuple[str, ...]]:
     d = run.params.database
-    return [("sql", d.maintenance, f"ALTER ROLE {d.app_role} IN DATABASE {d.production} RESET default_transaction_read_only")]
+    return [
+        (
+            "sql",
+            d.maintenance,
+            f"ALTER ROLE {d.app_role} IN DATABASE {d.production} RESET default_transaction_read_only",
+        )
+    ]
 
 
 @step(
@@ -136,7 +148,9 @@ def verify_commits(run: Run) -> StepResult:
         said[f"front door {number + 1}"] = str(http.get_json(application.url + application.version_path)["commit"])
     wrong = {where: commit for where, commit in said.items() if commit != run.release.commit}
     if wrong:
-        raise StepFailedError(f"not everything serves {run.release.commit[:12]}: {wrong}", remedy="deploy those hosts again")
+        raise StepFailedError(
+            f"not everything serves {run.release.commit[:12]}: {wrong}", remedy="deploy those hosts again"
+        )
     return StepResult(facts={"commit": run.release.commit, "asked": list(said)})
 
 

@@ -38,7 +38,9 @@ def staging_status(run: Run) -> StepResult:
     """
     staging = run.params.database.staging
     done = run.services.shell.run(_status_command(run, staging), name="staging-status")
-    return StepResult(facts={"database": staging, "pending": migration.pending_versions(run, staging), "status": done.tail(3)})
+    return StepResult(
+        facts={"database": staging, "pending": migration.pending_versions(run, staging), "status": done.tail(3)}
+    )
 
 
 @step(
@@ -89,11 +91,15 @@ def compare_pending(run: Run) -> StepResult:
     release = set(migrations.versions_in(run.tree(run.release.commit), run.params.migrations.directory))
     unknown = [v for v in production if v not in release]
     if unknown:
-        raise StepFailedError(f"production has migrations that this release does not know: {unknown}", remedy="let a DBA look first")
+        raise StepFailedError(
+            f"production has migrations that this release does not know: {unknown}", remedy="let a DBA look first"
+        )
     not_rehearsed = [v for v in pending if v not in staging]
     if not_rehearsed:
         raise StepFailedError(f"{not_rehearsed} were not rehearsed on staging", remedy="rehearse them first")
-    return StepResult(facts={"pending on production": pending, "rehearsed on staging": True, "production has": production})
+    return StepResult(
+        facts={"pending on production": pending, "rehearsed on staging": True, "production has": production}
+    )
 
 
 @step("Check for long transactions before migrating", recovery=Recovery.REPEAT, owner="DBA", expected_s=0.2)
@@ -104,7 +110,9 @@ def check_long_transactions(run: Run) -> StepResult:
     """
     found = migration.long_transactions(run)
     if found:
-        raise StepFailedError(f"{len(found)} long transactions: {found}", remedy="end them or wait, then runbook resume")
+        raise StepFailedError(
+            f"{len(found)} long transactions: {found}", remedy="end them or wait, then runbook resume"
+        )
     return StepResult(facts={"long transactions": 0, "limit_s": run.params.database.long_transaction_s})
 
 
@@ -139,7 +147,8 @@ def migrate_production(run: Run) -> StepResult:
         raise StepFailedError("the migration ended, but migrations are still pending", remedy=f"read {done.log}")
     artifact = run.keep("migrate/locks-during.json", json.dumps(seen, indent=1))
     return StepResult(
-        facts={**result.facts, "seconds": round(done.duration_s, 2), "lock waits seen": len(seen)}, artifacts=(artifact,)
+        facts={**result.facts, "seconds": round(done.duration_s, 2), "lock waits seen": len(seen)},
+        artifacts=(artifact,),
     )
 
 
@@ -157,7 +166,9 @@ def _migrated(run: Run) -> StepResult | None:
 def _already_migrated(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
     """Each migration and its row in schema_migrations are one transaction: the rows tell."""
     d = run.params.database
-    with run.services.database.connect(d.admin_role, d.maintenance, application=f"runbook {run.run_id}: probe") as session:
+    with run.services.database.connect(
+        d.admin_role, d.maintenance, application=f"runbook {run.run_id}: probe"
+    ) as session:
         alive = session.execute(
             "SELECT count(*) FROM pg_stat_activity WHERE usename = %s AND datname = %s AND state <> 'idle'",
             (d.migrate_role, d.production),
@@ -184,17 +195,25 @@ def verify_schema(run: Run) -> StepResult:
     if now != expected:
         raise StepFailedError(f"production has {now}, the release has {expected}", remedy="let a DBA look")
     reads: dict[str, int] = {}
-    with run.services.database.connect(d.app_role, d.production, application=f"runbook {run.run_id}: critical reads") as session:
+    with run.services.database.connect(
+        d.app_role, d.production, application=f"runbook {run.run_id}: critical reads"
+    ) as session:
         session.execute("SELECT set_config('lock_timeout', %s, false)", (f"{round(d.lock_timeout_s * 1000)}ms",))
         session.execute("SELECT set_config('statement_timeout', '10s', false)")
         for query in d.critical_reads:
             try:
                 reads[query] = len(session.execute(query).fetchall())
             except Exception as error:
-                raise StepFailedError(f"critical read failed: {query}: {' '.join(str(error).split())}", remedy="look at the schema") from error
+                raise StepFailedError(
+                    f"critical read failed: {query}: {' '.join(str(error).split())}", remedy="look at the schema"
+                ) from error
     before = run.state.fact("migrate.record_schema", "versions") or []
     return StepResult(
-        facts={"latest": now[-1] if now else None, "new since before": [v for v in now if v not in before], "rows by critical read": reads}
+        facts={
+            "latest": now[-1] if now else None,
+            "new since before": [v for v in now if v not in before],
+            "rows by critical read": reads,
+        }
     )
 
 
@@ -206,7 +225,9 @@ def check_locks(run: Run) -> StepResult:
     """
     blocked = migration.blocked_sessions(run)
     if blocked:
-        raise StepFailedError(f"{len(blocked)} sessions wait for locks: {blocked}", remedy="look at the blockers, then runbook resume")
+        raise StepFailedError(
+            f"{len(blocked)} sessions wait for locks: {blocked}", remedy="look at the blockers, then runbook resume"
+        )
     return StepResult(facts={"blocked sessions": 0})
 
 

@@ -64,12 +64,14 @@ def candidate(run: Run) -> dict[str, Any]:
         )
     if not repository.merged(commit, branch):
         raise StepFailedError(
-            f"{release.ref} ({commit[:12]}) is not merged into {branch}", remedy=f"merge it into {branch}, then open a new run"
+            f"{release.ref} ({commit[:12]}) is not merged into {branch}",
+            remedy=f"merge it into {branch}, then open a new run",
         )
     ci = repository.ci_status(commit)
     if ci.get("status") != "success":
         raise StepFailedError(
-            f"CI says {ci.get('status')!r} of {release.ref} ({commit[:12]})", remedy="release a commit that CI has passed"
+            f"CI says {ci.get('status')!r} of {release.ref} ({commit[:12]})",
+            remedy="release a commit that CI has passed",
         )
     shown = {name: str(ci[name]) for name in ("status", "pipeline", "finished") if name in ci}
     return {"version": release.version, "commit": commit, "branch": branch, "CI": shown}
@@ -152,7 +154,9 @@ def window(run: Run) -> tuple[datetime, datetime]:
         # The opening, not now: a step that is repeated after a crash must name the same hour.
         start = datetime.fromisoformat(text or run.state.opened_time)
     except ValueError as error:
-        raise UsageError(f"window.start {text!r} is no ISO 8601 time", remedy="write 2026-03-01T20:00:00+00:00") from error
+        raise UsageError(
+            f"window.start {text!r} is no ISO 8601 time", remedy="write 2026-03-01T20:00:00+00:00"
+        ) from error
     if start.tzinfo is None:
         raise UsageError(f"window.start {text!r} has no offset", remedy="write 2026-03-01T20:00:00+00:00")
     aside = ("prepare", "rollback", "review")
@@ -219,7 +223,9 @@ def _clock(time: datetime) -> str:
 @step("Announce the window", recovery=Recovery.PROBE, owner="Lead", way_back="announced again when it changes")
 def announce_window(run: Run) -> StepResult:
     """In the deployments channel."""
-    return StepResult(facts=outward.post(run, run.params.messages.deployments, _announcement(run), what="announce-window"))
+    return StepResult(
+        facts=outward.post(run, run.params.messages.deployments, _announcement(run), what="announce-window")
+    )
 
 
 @announce_window.probe
@@ -256,7 +262,8 @@ def check_capacity(run: Run) -> StepResult:
 @check_capacity.plan
 def _(run: Run) -> list[tuple[str, ...]]:
     sizes = [
-        run.services.hosts[name].command(archive_files.size(host.files)).argv for name, host in run.params.all_hosts.items()
+        run.services.hosts[name].command(archive_files.size(host.files)).argv
+        for name, host in run.params.all_hosts.items()
     ]
     return [("call", f"statvfs {run.params.backup.directory}"), ("call", "pg_database_size"), *sizes]
 
@@ -289,7 +296,9 @@ def capacity(run: Run, artifact_name: str) -> tuple[dict[str, Any], Artifact]:
         "must stay free": f"{ratio:.0%}",
         **{f"free after, {table['target']}": f"{table['free_after_ratio']:.1%}" for table in tables},
     }
-    kept = run.keep(artifact_name, json.dumps({"needed_bytes": needed, "free_ratio": ratio, "targets": tables}, indent=1) + "\n")
+    kept = run.keep(
+        artifact_name, json.dumps({"needed_bytes": needed, "free_ratio": ratio, "targets": tables}, indent=1) + "\n"
+    )
     for table in tables:
         few = table.get("free_inodes")
         if table["free_after_ratio"] < ratio or (few is not None and few < _FEWEST_INODES):
@@ -307,7 +316,9 @@ def capacity(run: Run, artifact_name: str) -> tuple[dict[str, Any], Artifact]:
 def _local_room(run: Run, needed: int) -> dict[str, Any]:
     folder = Path(run.params.backup.directory)
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise StepFailedError(f"backup.directory {folder} is no folder that this user writes to", remedy="make it, then resume")
+        raise StepFailedError(
+            f"backup.directory {folder} is no folder that this user writes to", remedy="make it, then resume"
+        )
     disk = os.statvfs(folder)
     # f_bavail, not f_bfree: what root keeps for itself is not ours. No inode count (0) means no limit.
     total = disk.f_blocks * disk.f_frsize

@@ -65,10 +65,15 @@ def draft_retrospective(run: Run) -> StepResult:
     data = retrospective(run)
     kept = run.keep("retrospective.json", json.dumps(data, indent=1) + "\n")
     body = _page(data)
-    page = run.keep("retrospective.html", f"<!doctype html>\n<meta charset='utf-8'>\n<title>{_title(run)}</title>\n{body}\n")
+    page = run.keep(
+        "retrospective.html", f"<!doctype html>\n<meta charset='utf-8'>\n<title>{_title(run)}</title>\n{body}\n"
+    )
 
     def publish() -> dict[str, Any]:
-        return {"page": _title(run), "address": run.services.pages.publish(_title(run), body, key=run.key("retrospective"))}
+        return {
+            "page": _title(run),
+            "address": run.services.pages.publish(_title(run), body, key=run.key("retrospective")),
+        }
 
     facts = {**outward.deliver(run, publish), **_retrospective_facts(data)}
     return StepResult(facts=facts, artifacts=(kept, page))

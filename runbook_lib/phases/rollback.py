@@ -94,7 +94,9 @@ class _Shown(Step):
 
 def _way_back(run: Run) -> StepResult:
     changed = what_changed(run)
-    facts = {str(number): line for number, line in enumerate(changed, 1)} or {"to undo": "nothing outside the run's folder"}
+    facts = {str(number): line for number, line in enumerate(changed, 1)} or {
+        "to undo": "nothing outside the run's folder"
+    }
     if run.state.rollback is None:
         return StepResult(facts=facts, title="The way back, if it were asked for now", status="shown only")
     return StepResult(facts=facts, artifacts=(run.keep("rollback/way_back.json", json.dumps(changed, indent=1)),))
@@ -166,8 +168,12 @@ def restore_schema(run: Run) -> StepResult:
     if before is not None:
         now = migration.applied_versions(run, run.params.database.production)
         if now != before:
-            raise StepFailedError(f"the schema is {now}, it was {before}", remedy="let a DBA look; nothing else was touched")
-    return StepResult(facts={"undone now, newest first": undone, "schema": "as before" if before else "was not touched"})
+            raise StepFailedError(
+                f"the schema is {now}, it was {before}", remedy="let a DBA look; nothing else was touched"
+            )
+    return StepResult(
+        facts={"undone now, newest first": undone, "schema": "as before" if before else "was not touched"}
+    )
 
 
 @_undo("Lift the write fence and the read-only mode", recovery=Recovery.REPEAT, owner="Ops", expected_s=5.0)
@@ -193,9 +199,13 @@ def prove_previous(run: Run) -> StepResult:
     said["front door"] = str(http.get_json(run.params.application.url + run.params.application.version_path)["commit"])
     wrong = {where: found for where, found in said.items() if found != commit}
     if wrong:
-        raise StepFailedError(f"not everything serves {commit[:12]} again: {wrong}", remedy="deploy those hosts by hand")
+        raise StepFailedError(
+            f"not everything serves {commit[:12]} again: {wrong}", remedy="deploy those hosts by hand"
+        )
     if maintenance.is_fenced(run):
-        raise StepFailedError("the write fence is still in the database", remedy="ALTER ROLE … RESET default_transaction_read_only")
+        raise StepFailedError(
+            "the write fence is still in the database", remedy="ALTER ROLE … RESET default_transaction_read_only"
+        )
     return StepResult(facts={"commit": commit, "served by": list(said), **maintenance.prove_open(run)})
 
 
@@ -259,8 +269,17 @@ def _note(run: Run) -> str:
     lines += ["", "## Root cause (draft, to be confirmed by a person)", "", _draft(run), "", "Changes in this release:"]
     lines += [f"- {subject}" for subject in subjects]
     lines += ["", "## Timeline"]
-    lines += [f"- {now.intent_time} → {now.time} {key}: {now.status.value}" for key, now in state.steps.items() if now.intent_time]
-    lines += ["", "## What stays", "", "- the backup and its off-site copies, the calendar's entry, the messages that were sent"]
+    lines += [
+        f"- {now.intent_time} → {now.time} {key}: {now.status.value}"
+        for key, now in state.steps.items()
+        if now.intent_time
+    ]
+    lines += [
+        "",
+        "## What stays",
+        "",
+        "- the backup and its off-site copies, the calendar's entry, the messages that were sent",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -271,7 +290,9 @@ def _draft(run: Run) -> str:
     if seen is not None and seen.verdict == "red":
         said.append("The telemetry went red after the deployment and was not before it.")
     if logs is not None and logs.facts.get("new error signatures"):
-        new = [f"{text.removeprefix('new: ')} ({count}×)" for text, count in logs.facts.items() if text.startswith("new: ")]
+        new = [
+            f"{text.removeprefix('new: ')} ({count}×)" for text, count in logs.facts.items() if text.startswith("new: ")
+        ]
         said.append("The logs say what they did not say before: " + "; ".join(new))
     failed = [key for key, now in run.state.steps.items() if now.status is Status.FAILED]
     if failed:

@@ -61,20 +61,22 @@ def spot_checks(run: Run) -> StepResult:
     """
     rehearsal = run.params.rehearsal
     wanted = [check.name for check in run.params.spot_checks.checks]
-    if rehearsal is not None and rehearsal.people_sign and run.state.opened.get("people_sign"):
-        if not set(wanted) <= set(run.state.checks):
-            subprocess.run(  # noqa: S603
-                (sys.executable, "-m", "rehearsal", "spot-check", run.run_id, "--dir", rehearsal.stack),
-                cwd=run.root,
-                check=False,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                timeout=120,
-            )
+    people = rehearsal is not None and rehearsal.people_sign and run.state.opened.get("people_sign")
+    if rehearsal is not None and people and not set(wanted) <= set(run.state.checks):
+        subprocess.run(
+            (sys.executable, "-m", "rehearsal", "spot-check", run.run_id, "--dir", rehearsal.stack),
+            cwd=run.root,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            timeout=120,
+        )
     known = run.state.checks
     failed = {name: known[name]["note"] for name in wanted if name in known and not known[name]["passed"]}
     if failed:
-        raise StepFailedError(f"spot checks failed: {failed}", remedy="mend it, record it again, then runbook resume; or roll back")
+        raise StepFailedError(
+            f"spot checks failed: {failed}", remedy="mend it, record it again, then runbook resume; or roll back"
+        )
     missing = [name for name in wanted if name not in known]
     if missing and run.params.spot_checks.required:
         raise PausedError(
@@ -127,7 +129,8 @@ def watch_telemetry(run: Run) -> StepResult:
     for name in names:
         png = charts.chart(name, samples, judgement, title=_TITLES[name], unit=telemetry.UNITS[name])
         artifacts.append(run.keep(f"watch/{name}.png", png))
-    reasons = {name: "; ".join(one["reasons"]) or one["verdict"] for name, one in judgement.as_json()["metrics"].items()}
+    judged: dict[str, Any] = json.loads(json.dumps(judgement.as_json()))
+    reasons = {name: "; ".join(one["reasons"]) or one["verdict"] for name, one in judged["metrics"].items()}
     return StepResult(
         facts={
             "verdict": judgement.verdict,
@@ -161,7 +164,7 @@ def _sit_through(duration_s: float, extended: int) -> None:
 
 
 def _epoch_s(text: str) -> float:
-    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    return datetime.fromisoformat(text).timestamp()
 
 
 @step("Scan the logs for new errors", recovery=Recovery.REPEAT, owner="On-call", expected_s=1.0)
@@ -175,7 +178,9 @@ def scan_logs(run: Run) -> StepResult:
     after: Counter[str] = Counter()
     unread = []
     for name, params in run.params.all_hosts.items():
-        command = run.services.hosts[name].command(Command(("tail", "-c", str(_LOG_BYTES), params.log), ok_exits=(0, 1)))
+        command = run.services.hosts[name].command(
+            Command(("tail", "-c", str(_LOG_BYTES), params.log), ok_exits=(0, 1))
+        )
         done = run.services.shell.run(command, name=f"log-{name}")
         if done.exit_code:
             unread.append(name)

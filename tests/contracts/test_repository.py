@@ -30,7 +30,9 @@ def _git(*words: str, cwd: Path | None = None) -> str:
 
 
 @pytest.fixture(params=["folder", "mirror"])
-def repository(request: pytest.FixtureRequest, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
+def repository(
+    request: pytest.FixtureRequest, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Repository:
     """By its folder, and through a mirror as for a remote URL."""
     (tmp_path / "scratch").mkdir()
     if request.param == "mirror":

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from runbook_lib import wiring
+from runbook_lib.plan import plan_of
 from runbook_lib.run import Run
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -77,7 +78,9 @@ class Opened:
 
     def events(self, kind: str, step: str) -> list[Any]:
         """The ledger's events of one kind for one step."""
-        return [e.data for e in self.run.ledger.events(self.run.run_id) if e.kind == kind and e.data.get("step") == step]
+        return [
+            e.data for e in self.run.ledger.events(self.run.run_id) if e.kind == kind and e.data.get("step") == step
+        ]
 
 
 @pytest.fixture
@@ -111,7 +114,7 @@ def opened(twin: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def open_one(version: str = "next", **settings: str) -> Opened:
         given = {name.replace("__", "."): value for name, value in settings.items()}
         draft = wiring.preview("rehearsal", version, settings=given)
-        return Opened(wiring.create(draft, plan={"digest": "0" * 64}))
+        return Opened(wiring.create(draft, plan=plan_of(draft)))
 
     return open_one
 

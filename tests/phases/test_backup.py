@@ -26,7 +26,12 @@ Tools = Callable[[str, str], Path]
 def _admin(twin: dict[str, Any], dbname: str = "postgres") -> psycopg.Connection[Any]:  # noqa: F811
     known = twin["database"]
     return psycopg.connect(
-        host=known["host"], port=known["port"], user="postgres", dbname=dbname, passfile=known["passfile"], autocommit=True
+        host=known["host"],
+        port=known["port"],
+        user="postgres",
+        dbname=dbname,
+        passfile=known["passfile"],
+        autocommit=True,
     )
 
 
@@ -98,7 +103,19 @@ def test_a_damaged_dump_does_not_pass(opened: Open, twin: dict[str, Any], damage
         known = twin["database"]
         with _admin(twin, "prod_db") as session:
             session.execute("INSERT INTO products (name, price_cents) VALUES ('Xylophone', 1)")
-            argv = ("pg_dump", "-Fc", "-h", known["host"], "-p", str(known["port"]), "-U", "postgres", "-f", str(dump), "prod_db")
+            argv = (
+                "pg_dump",
+                "-Fc",
+                "-h",
+                known["host"],
+                "-p",
+                str(known["port"]),
+                "-U",
+                "postgres",
+                "-f",
+                str(dump),
+                "prod_db",
+            )
             one.run.services.shell.run(Command(argv, env={"PGPASSFILE": known["passfile"]}), name="other")
             session.execute("DELETE FROM products WHERE name = 'Xylophone'")
 
@@ -265,7 +282,9 @@ def test_killed_before_pg_dump_starts_it_dumps_once(opened: Open, slow_tools: To
 
 
 def test_killed_while_restoring_no_scratch_database_stays(
-    opened: Open, twin: dict[str, Any], slow_tools: Tools  # noqa: F811
+    opened: Open,
+    twin: dict[str, Any],
+    slow_tools: Tools,  # noqa: F811
 ) -> None:
     tools = slow_tools("pg_restore", 'case "$1" in --exit-on-error) sleep 1;; esac; real "$@"')
     one = opened(database__bin=str(tools))

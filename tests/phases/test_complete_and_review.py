@@ -111,7 +111,11 @@ def test_a_changelog_that_is_refused_does_not_fail_the_release(running: Opened) 
 )
 def test_killed_after_its_effect_it_is_found_not_repeated(running: Opened, step: str, kind: str, pattern: str) -> None:
     folder = _folder(running, kind)
-    running.kill_when(f"complete.{step}", lambda: bool(list(folder.glob(pattern))) if folder.is_dir() else False, when="after the effect")
+    running.kill_when(
+        f"complete.{step}",
+        lambda: bool(list(folder.glob(pattern))) if folder.is_dir() else False,
+        when="after the effect",
+    )
 
     getattr(complete, step)(running.run)
 
@@ -122,7 +126,9 @@ def test_killed_after_the_push_there_is_one_changelog_entry(running: Opened) -> 
     running.run.services.repository.lift_freeze(running.run.run_id)
     find: Any = running.run.services.repository.find_changelog
     key = running.run.key("changelog")
-    running.kill_when("complete.update_changelog", lambda: find(branch="main", key=key) is not None, when="after the effect")
+    running.kill_when(
+        "complete.update_changelog", lambda: find(branch="main", key=key) is not None, when="after the effect"
+    )
 
     complete.update_changelog(running.run)
 

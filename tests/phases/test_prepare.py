@@ -99,7 +99,7 @@ def test_inodes_count_too(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_store_with_a_limit_is_measured(opened: Open) -> None:  # noqa: F811
-    one = opened(backup__store__capacity_bytes="30000000")
+    one = opened(backup__store__capacity_bytes="20000000")
 
     with pytest.raises(StepFailedError, match="s3://prod-backups has"):
         prepare.check_capacity(one.run)
@@ -117,11 +117,18 @@ def test_a_missing_backup_folder_is_said(opened: Open, tmp_path: Path) -> None: 
     [("announce_window", "chat", "*.txt"), ("schedule_window", "calendar", "*.ics")],
 )
 def test_killed_after_its_effect_it_is_found_not_repeated(
-    opened: Open, step: str, kind: str, pattern: str  # noqa: F811
+    opened: Open,
+    step: str,
+    kind: str,
+    pattern: str,  # noqa: F811
 ) -> None:
     one = opened()
     folder = _folder(one, kind)
-    one.kill_when(f"prepare.{step}", lambda: bool(list(folder.glob(pattern))) if folder.is_dir() else False, when="after the effect")
+    one.kill_when(
+        f"prepare.{step}",
+        lambda: bool(list(folder.glob(pattern))) if folder.is_dir() else False,
+        when="after the effect",
+    )
 
     getattr(prepare, step)(one.run)
 

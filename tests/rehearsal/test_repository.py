@@ -103,9 +103,7 @@ def test_releases_are_merged_and_their_pipelines_green_the_candidate_neither(
 def test_each_next_release_keeps_the_earlier_migrations(built: tuple[Path, dict[str, str]]) -> None:
     shop, _ = built
 
-    pending = [
-        set(git(shop, "ls-tree", "--name-only", f"{tag}:db/migrations").stdout.split()) for tag in RELEASES
-    ]
+    pending = [set(git(shop, "ls-tree", "--name-only", f"{tag}:db/migrations").stdout.split()) for tag in RELEASES]
 
     assert pending[0] < pending[1] < pending[2]
     assert [len(later - earlier) for earlier, later in pairwise(pending)] == [2, 1]

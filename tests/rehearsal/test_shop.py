@@ -52,14 +52,10 @@ class Postgres:
 
     def __init__(self, folder: Path) -> None:
         # The server refuses root; a user namespace makes it somebody else without changing any owner.
-        rootless = (
-            ("unshare", "--user", "--map-user=65534", "--map-group=65534", "--") if os.geteuid() == 0 else ()
-        )
+        rootless = ("unshare", "--user", "--map-user=65534", "--map-group=65534", "--") if os.geteuid() == 0 else ()
         data, self.port, tools = folder / "data", free_port(), postgres_bin()
         options = ("--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync")
-        subprocess.run(
-            (*rootless, tools / "initdb", "-D", data, *options), check=True, stdout=subprocess.DEVNULL
-        )
+        subprocess.run((*rootless, tools / "initdb", "-D", data, *options), check=True, stdout=subprocess.DEVNULL)
         settings = ("-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off")
         argv = (*rootless, tools / "postgres", "-D", data, "-p", str(self.port), *settings)
         self._process = subprocess.Popen(argv, stderr=(folder / "postgres.log").open("wb"))
@@ -212,9 +208,7 @@ def test_the_running_release_serves_with_the_schema_of_either_side(
     assert "3 failed" in next_ones.stdout or "4 failed" in next_ones.stdout, next_ones.stdout
 
 
-def test_the_next_release_passes_its_tests_and_those_before(
-    start_host: StartHost, releases: dict[str, Path]
-) -> None:
+def test_the_next_release_passes_its_tests_and_those_before(start_host: StartHost, releases: dict[str, Path]) -> None:
     host = start_host("v1.5.0", NEW_SCHEMA)
 
     for tag in ("v1.4.0", "v1.5.0"):
@@ -266,9 +260,7 @@ def test_read_only_mode_refuses_writes_and_lets_reads_logins_and_the_bypass_thro
     assert visit.get(f"{host.url}/dashboard", timeout=10).status_code == 200
 
 
-def test_a_fenced_database_is_a_refusal_and_its_end_needs_no_restart(
-    start_host: StartHost, postgres: Postgres
-) -> None:
+def test_a_fenced_database_is_a_refusal_and_its_end_needs_no_restart(start_host: StartHost, postgres: Postgres) -> None:
     host = start_host("v1.4.0", OLD_SCHEMA)
     visit = logged_in(host.url)
     end_sessions = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'shop_app'"
@@ -302,9 +294,7 @@ def test_a_release_without_its_new_setting_says_so_and_does_not_start(
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_the_bad_release_passes_alone_and_fails_in_a_crowd(
-    start_host: StartHost, releases: dict[str, Path]
-) -> None:
+def test_the_bad_release_passes_alone_and_fails_in_a_crowd(start_host: StartHost, releases: dict[str, Path]) -> None:
     host = start_host("v1.6.0", NEW_SCHEMA)
 
     def look(headers: dict[str, str]) -> tuple[int, float]:

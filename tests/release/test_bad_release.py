@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import psycopg
-
 from conftest import Project
 
 
@@ -24,7 +23,9 @@ def schema(facts: dict) -> list[tuple]:
         ).fetchall()
         versions = session.execute("SELECT version FROM schema_migrations ORDER BY version").fetchall()
         indexes = session.execute("SELECT indexname FROM pg_indexes WHERE schemaname = 'public' ORDER BY 1").fetchall()
-        fence = session.execute("SELECT count(*) FROM pg_db_role_setting s JOIN pg_roles r ON r.oid = s.setrole WHERE r.rolname = 'shop_app'").fetchone()
+        fence = session.execute(
+            "SELECT count(*) FROM pg_db_role_setting s JOIN pg_roles r ON r.oid = s.setrole WHERE r.rolname = 'shop_app'"
+        ).fetchone()
     return [*columns, *versions, *indexes, ("fence", fence)]
 
 
@@ -42,7 +43,11 @@ def test_a_bad_release_is_rolled_back_and_the_record_tells_it(project: Project) 
     assert not [h for h in facts["hosts"].values() if Path(h["home"], "shared", "maintenance").exists()]
 
     record = Path(said["record"])
-    state = {s["data"]["step"]: s["data"]["status"] for s in map(json.loads, (record / "ledger.jsonl").read_text().splitlines()) if s["kind"] == "step_outcome"}
+    state = {
+        s["data"]["step"]: s["data"]["status"]
+        for s in map(json.loads, (record / "ledger.jsonl").read_text().splitlines())
+        if s["kind"] == "step_outcome"
+    }
     assert state["verify.sign_off"] == "failed"
     assert state["rollback.smoke_tests_again"] == "green"
     verdict = json.loads((record / "artifacts/watch/judgement.json").read_text())
@@ -51,8 +56,18 @@ def test_a_bad_release_is_rolled_back_and_the_record_tells_it(project: Project) 
     assert "p95_latency_s" in incident
     assert "FairUseError" in incident
     assert any("Incident" in message for message in project.messages())
-    assert [p.name[:2] for p in sorted((record / "notebooks").glob("*.ipynb"))] == ["00", "01", "02", "03", "04", "05", "06"]
+    assert [p.name[:2] for p in sorted((record / "notebooks").glob("*.ipynb"))] == [
+        "00",
+        "01",
+        "02",
+        "03",
+        "04",
+        "05",
+        "06",
+    ]
     for path in (record / "notebooks").glob("*.ipynb"):
-        assert all(c["execution_count"] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"), path.name
+        assert all(c["execution_count"] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"), (
+            path.name
+        )
     assert (record / "review" / "08_review.ipynb").exists()
     assert project.runbook("verify", str(record), "--trust", said["trust"]).returncode == 0

@@ -15,7 +15,6 @@ import psycopg
 import pytest
 import yaml
 from botocore.config import Config
-
 from conftest import Project, wait_until
 
 HELD = ("pg_dump", "dbmate", "ansible-playbook")
@@ -131,7 +130,9 @@ def test_a_second_run_is_refused_and_names_the_holder(project: Project) -> None:
         ("nobody", "ada", "nobody"),
     ],
 )
-def test_a_decision_by_the_wrong_person_or_key_is_refused(project: Project, person: str, key_of: str, said: str) -> None:
+def test_a_decision_by_the_wrong_person_or_key_is_refused(
+    project: Project, person: str, key_of: str, said: str
+) -> None:
     run_id = project.runs()[-1].name
 
     done = project.approve(run_id, "1", person, key_of=key_of)
@@ -172,7 +173,9 @@ def drop(project: Project, run: Path, path: Path, person: str) -> None:
 
 def sign(project: Project, path: Path, person: str) -> None:
     key = project.facts["people"][person]["key"]
-    subprocess.run(("ssh-keygen", "-q", "-Y", "sign", "-f", key, "-n", "runbook-gate", path), check=True, capture_output=True)
+    subprocess.run(
+        ("ssh-keygen", "-q", "-Y", "sign", "-f", key, "-n", "runbook-gate", path), check=True, capture_output=True
+    )
 
 
 def test_a_statement_signed_elsewhere_opens_the_gate_and_a_killed_migration_is_done_once(
@@ -219,7 +222,10 @@ def test_after_three_kills_each_effect_happened_once(project: Project) -> None:
         rows = session.execute("SELECT version FROM schema_migrations ORDER BY version").fetchall()
         scratch = session.execute("SELECT datname FROM pg_database WHERE datname LIKE 'runbook%'").fetchall()
     tree = subprocess.run(
-        ("git", "-C", facts["repository"], "ls-tree", "--name-only", commit, "db/migrations/"), check=True, capture_output=True, text=True
+        ("git", "-C", facts["repository"], "ls-tree", "--name-only", commit, "db/migrations/"),
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert [r[0] for r in rows] == [line.rpartition("/")[2].partition("_")[0] for line in tree.stdout.split()]
     assert scratch == []
@@ -245,7 +251,9 @@ def test_after_three_kills_each_effect_happened_once(project: Project) -> None:
 
 
 def versions_in_s3(facts: dict, run_id: str) -> Counter:
-    words = dict(line.split(" = ", 1) for line in Path(facts["s3"]["credentials_file"]).read_text().splitlines() if " = " in line)
+    words = dict(
+        line.split(" = ", 1) for line in Path(facts["s3"]["credentials_file"]).read_text().splitlines() if " = " in line
+    )
     client = boto3.client(
         "s3",
         endpoint_url=facts["s3"]["endpoint"],
@@ -268,10 +276,29 @@ def test_the_record_verifies_with_public_tools_and_any_changed_byte_is_seen(proj
     assert project.runbook("verify", str(record), "--trust", str(trust)).returncode == 0
     assert subprocess.run(("sha256sum", "-c", "--quiet", "SHA256SUMS"), cwd=record).returncode == 0
     statement = record / "statement.json"
-    verify = ("ssh-keygen", "-Y", "verify", "-f", trust, "-I", "recorder", "-n", "runbook-record", "-s", f"{statement}.sig")
+    verify = (
+        "ssh-keygen",
+        "-Y",
+        "verify",
+        "-f",
+        trust,
+        "-I",
+        "recorder",
+        "-n",
+        "runbook-record",
+        "-s",
+        f"{statement}.sig",
+    )
     assert subprocess.run(verify, stdin=statement.open("rb"), capture_output=True).returncode == 0
 
-    for name in ("index.html", "ledger.jsonl", "SHA256SUMS", "statement.json", "statement.json.sig", "artifacts/watch/series.csv"):
+    for name in (
+        "index.html",
+        "ledger.jsonl",
+        "SHA256SUMS",
+        "statement.json",
+        "statement.json.sig",
+        "artifacts/watch/series.csv",
+    ):
         path = record / name
         good = path.read_bytes()
         at = len(good) // 2

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
 from conftest import ROOT, Project
+
 from runbook_lib.phases import ALL, name_of, notebook_of
 
 NOTEBOOKS = sorted((ROOT / "runbooks").glob("[0-9]*.ipynb"))
@@ -58,7 +58,20 @@ def test_the_parameters_cell_is_tagged(path: Path) -> None:
 
 def test_untouched_notebooks_walk_a_rehearsal_release_that_the_twins_people_sign(project: Project) -> None:
     done = subprocess.run(
-        (sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(project.root), "runbooks"),
+        (
+            sys.executable,
+            "-m",
+            "pytest",
+            "--nbval-lax",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            "/dev/null",
+            "--rootdir",
+            str(project.root),
+            "runbooks",
+        ),
         env=project.env,
         cwd=project.root,
         capture_output=True,
@@ -73,4 +86,6 @@ def test_untouched_notebooks_walk_a_rehearsal_release_that_the_twins_people_sign
     facts = project.facts
     for host in facts["hosts"].values():
         if "url" in host:
-            assert facts["commits"][facts["versions"]["next"]] in (Path(host["home"]) / "current" / "REVISION").read_text()
+            assert (
+                facts["commits"][facts["versions"]["next"]] in (Path(host["home"]) / "current" / "REVISION").read_text()
+            )

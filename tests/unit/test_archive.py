@@ -74,16 +74,24 @@ class Story:
             },
         )
 
-    def step(self, key: str, *artifacts: dict[str, Any], status: str = "green", verdict: str = "green", **facts: Any) -> None:
+    def step(
+        self, key: str, *artifacts: dict[str, Any], status: str = "green", verdict: str = "green", **facts: Any
+    ) -> None:
         known = self.ledger.state(RUN).step(key).attempt
         gates = {}
         for event in self.ledger.events(RUN):
             if event.kind == "gate_decision" and event.data["decision"] == "approve":
                 gates[event.data["gate"]] = [event.data["sha256"]]
-        self.append("step_intent", {"step": key, "title": key.partition(".")[2].replace("_", " "), "attempt": known + 1, "gates": gates})
+        self.append(
+            "step_intent",
+            {"step": key, "title": key.partition(".")[2].replace("_", " "), "attempt": known + 1, "gates": gates},
+        )
         result = {"facts": facts, "artifacts": list(artifacts), "verdict": verdict, "title": key, "status": status}
         error = "" if status == "green" else "it broke: disk full"
-        self.append("step_outcome", {"step": key, "attempt": known + 1, "status": status, "result": result, "duration_s": 1.25, "error": error})
+        self.append(
+            "step_outcome",
+            {"step": key, "attempt": known + 1, "status": status, "result": result, "duration_s": 1.25, "error": error},
+        )
 
     def ask(self, gate: str, *files: dict[str, Any]) -> Event:
         number = self.ledger.state(RUN).gate(gate).round + 1
@@ -104,7 +112,15 @@ class Story:
             },
         )
 
-    def decide(self, opened: Event, person: str, *files: dict[str, Any], decision: str = "approve", signer: str = "", **changed: Any) -> None:
+    def decide(
+        self,
+        opened: Event,
+        person: str,
+        *files: dict[str, Any],
+        decision: str = "approve",
+        signer: str = "",
+        **changed: Any,
+    ) -> None:
         data, gate = opened.data, opened.data["gate"]
         role = next((r for r in data["roles"] if r in PARAMS["people"][person]["roles"]), "lead")  # type: ignore[index]
         subject = {f["path"]: f["sha256"] for f in files} | {data["evidence"]["path"]: data["evidence"]["sha256"]}
@@ -122,18 +138,41 @@ class Story:
             "expires_epoch_s": data["expires_epoch_s"],
             **changed,
         }
-        statement = self.sign("https://runbook.dev/gate-decision/v1", subject, predicate, f"{gate}-{data['round']}-{person}-{decision}", signer or person)
+        statement = self.sign(
+            "https://runbook.dev/gate-decision/v1",
+            subject,
+            predicate,
+            f"{gate}-{data['round']}-{person}-{decision}",
+            signer or person,
+        )
         self.append(
             "gate_decision",
-            {"gate": gate, "round": data["round"], "person": person, "roles": [role], "decision": decision, "comment": predicate["comment"], **statement},
+            {
+                "gate": gate,
+                "round": data["round"],
+                "person": person,
+                "roles": [role],
+                "decision": decision,
+                "comment": predicate["comment"],
+                **statement,
+            },
         )
 
     def check(self, name: str, *, passed: bool) -> None:
-        said = {"run": RUN, "check": name, "passed": passed, "note": "", "person": "bob", "ledger_head": self.ledger.state(RUN).head}
+        said = {
+            "run": RUN,
+            "check": name,
+            "passed": passed,
+            "note": "",
+            "person": "bob",
+            "ledger_head": self.ledger.state(RUN).head,
+        }
         statement = self.sign("https://runbook.dev/spot-check/v1", {"v1.5.0": "0" * 64}, said, f"check-{name}-1", "bob")
         self.append("check_recorded", {"check": name, "passed": passed, "note": "", "person": "bob", **statement})
 
-    def sign(self, kind: str, subject: Mapping[str, str], predicate: Mapping[str, Any], name: str, signer: str) -> dict[str, Any]:
+    def sign(
+        self, kind: str, subject: Mapping[str, str], predicate: Mapping[str, Any], name: str, signer: str
+    ) -> dict[str, Any]:
         data = canonical_json(
             {
                 "_type": "https://in-toto.io/Statement/v1",
@@ -153,10 +192,21 @@ class Story:
         self.step(f"{SIGN_OFF[gate]}.sign_off")
 
     def notebook(self, path: str, text: str) -> None:
-        output = {"output_type": "display_data", "metadata": {}, "data": {"text/html": f"<p onclick='x()'>{text}</p><script>1</script>"}}
+        output = {
+            "output_type": "display_data",
+            "metadata": {},
+            "data": {"text/html": f"<p onclick='x()'>{text}</p><script>1</script>"},
+        }
         cells = [
             {"cell_type": "markdown", "id": "a", "metadata": {}, "source": f"# {text}"},
-            {"cell_type": "code", "id": "b", "metadata": {}, "source": "backup.dump(run)", "execution_count": 1, "outputs": [output]},
+            {
+                "cell_type": "code",
+                "id": "b",
+                "metadata": {},
+                "source": "backup.dump(run)",
+                "execution_count": 1,
+                "outputs": [output],
+            },
         ]
         self.write(path, json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": cells}).encode())
 
@@ -207,7 +257,9 @@ class Story:
         return self.seal_review()
 
     def seal_review(self) -> Path:
-        return archive.seal_review(self.folder, events=self.ledger.events(RUN), recorder_key=self.keys["recorder"], trust=self.trust)
+        return archive.seal_review(
+            self.folder, events=self.ledger.events(RUN), recorder_key=self.keys["recorder"], trust=self.trust
+        )
 
     def wrong(self) -> list[archive.Check]:
         return [check for check in archive.verify(self.folder, self.trust) if not check.ok]
@@ -218,7 +270,9 @@ def png() -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
     header = (8).to_bytes(4, "big") * 2 + b"\x08\x00\x00\x00\x00"
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 72)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 72)) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -267,7 +321,19 @@ def test_a_sealed_record_verifies_and_so_does_its_review(sealed: Story) -> None:
     assert sealed.wrong() == []
 
     names = {check.name for check in archive.verify(sealed.folder, sealed.trust)}
-    assert {"statement", "files", "SHA256SUMS", "ledger", "gates", "artifacts", "signature", "review signature", "review ledger", "review statement", "review files"} <= names
+    assert {
+        "statement",
+        "files",
+        "SHA256SUMS",
+        "ledger",
+        "gates",
+        "artifacts",
+        "signature",
+        "review signature",
+        "review ledger",
+        "review statement",
+        "review files",
+    } <= names
 
 
 def test_a_record_without_review_verifies(story: Story) -> None:
@@ -357,7 +423,11 @@ def test_one_flipped_bit_anywhere_is_seen(sealed: Story) -> None:
     unseen = []
     for path in sorted(p for p in sealed.folder.rglob("*") if p.is_file()):
         content = path.read_bytes()
-        spots = positions(len(content)) if path.suffix != ".sig" else set(range(0, len(content), 61)) | positions(len(content))
+        spots = (
+            positions(len(content))
+            if path.suffix != ".sig"
+            else set(range(0, len(content), 61)) | positions(len(content))
+        )
         for spot in sorted(spots):
             path.write_bytes(content[:spot] + bytes([content[spot] ^ 1]) + content[spot + 1 :])
             if not sealed.wrong():
@@ -482,7 +552,18 @@ def junk() -> dict[str, Callable[[Path], object]]:
 @pytest.mark.parametrize("kind", list(junk()))
 @pytest.mark.parametrize(
     "path",
-    ["statement.json", "statement.json.sig", "SHA256SUMS", "ledger.jsonl", "params.json", "decisions/backup-1-ada-approve.json", "decisions/backup-1-ada-approve.json.sig", "index.html", "review/statement.json", "review/ledger.jsonl"],
+    [
+        "statement.json",
+        "statement.json.sig",
+        "SHA256SUMS",
+        "ledger.jsonl",
+        "params.json",
+        "decisions/backup-1-ada-approve.json",
+        "decisions/backup-1-ada-approve.json.sig",
+        "index.html",
+        "review/statement.json",
+        "review/ledger.jsonl",
+    ],
 )
 def test_junk_is_a_failed_check_and_never_a_crash(sealed: Story, path: str, kind: str) -> None:
     junk()[kind](sealed.folder / path)
@@ -507,7 +588,13 @@ def reseal(story: Story) -> None:
     events = story.ledger.events(RUN)
     end = next(i for i, e in enumerate(events) if e.kind == "run_ended") + 1
     with suppress(VerificationError):  # sealing says at once that such a record does not verify
-        archive.seal(story.folder, events=events[:end], state=fold(events[:end]), recorder_key=story.keys["recorder"], trust=story.trust)
+        archive.seal(
+            story.folder,
+            events=events[:end],
+            state=fold(events[:end]),
+            recorder_key=story.keys["recorder"],
+            trust=story.trust,
+        )
 
 
 def test_even_the_recorder_cannot_forge_a_decision(sealed: Story) -> None:
@@ -668,9 +755,23 @@ def test_public_tools_agree(sealed: Story) -> None:
     done = subprocess.run(("sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"), cwd=sealed.folder, check=False)
     assert done.returncode == 0
 
-    argv = ("ssh-keygen", "-Y", "verify", "-f", str(sealed.trust), "-I", "recorder", "-n", "runbook-record", "-s", "statement.json.sig")
+    argv = (
+        "ssh-keygen",
+        "-Y",
+        "verify",
+        "-f",
+        str(sealed.trust),
+        "-I",
+        "recorder",
+        "-n",
+        "runbook-record",
+        "-s",
+        "statement.json.sig",
+    )
     with (sealed.folder / "statement.json").open("rb") as statement:
-        assert subprocess.run(argv, cwd=sealed.folder, stdin=statement, check=False, capture_output=True).returncode == 0
+        assert (
+            subprocess.run(argv, cwd=sealed.folder, stdin=statement, check=False, capture_output=True).returncode == 0
+        )
 
 
 def test_the_statement_names_every_file_and_the_run(sealed: Story) -> None:

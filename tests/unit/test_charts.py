@@ -43,9 +43,7 @@ def size_of(png: bytes) -> tuple[int, int]:
 def test_every_metric_gets_a_chart(metric: str) -> None:
     samples = watch(3)
 
-    png = chart(
-        metric, samples, judge(samples, WatchConfig(hard_limits={P95: 0.5})), title="2.14.0", unit="s"
-    )
+    png = chart(metric, samples, judge(samples, WatchConfig(hard_limits={P95: 0.5})), title="2.14.0", unit="s")
 
     assert png.startswith(b"\x89PNG")
     assert size_of(png)[0] > 800
@@ -101,8 +99,7 @@ ODD: dict[str, list[Sample]] = {
     "no current": [s for s in watch() if s.window == "baseline"],
     "no calendar": [replace(s, time_s=s.time_s - 2 * START_S) for s in watch()],
     "far future": [replace(s, time_s=s.time_s + 9e11) for s in watch()],
-    "last week too": watch()
-    + [replace(s, time_s=s.time_s - WEEK_S) for s in watch() if s.window == "baseline"],
+    "last week too": watch() + [replace(s, time_s=s.time_s - WEEK_S) for s in watch() if s.window == "baseline"],
     "negative": [replace(s, value=-s.value) for s in watch()],
     "endless digits": [replace(s, value=9e99) for s in watch()],
     "many instances": watch(1, tuple(f"web-{n}" for n in range(12))),

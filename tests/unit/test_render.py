@@ -69,8 +69,28 @@ class Events(list[Event]):
 
     def gate(self, gate: str, comment: str = "") -> Events:
         evidence = {"path": f"artifacts/gates/{gate}-1.json", "sha256": "d" * 64, "cards": 3}
-        self.add("gate_opened", gate=gate, round=1, nonce="n", opened_epoch_s=0.0, expires_epoch_s=9e9, evidence=evidence, roles=["lead"], quorum=1)
-        return self.add("gate_decision", gate=gate, round=1, person="ada", roles=["lead"], decision="approve", comment=comment, statement="decisions/x.json", sha256="e" * 64)
+        self.add(
+            "gate_opened",
+            gate=gate,
+            round=1,
+            nonce="n",
+            opened_epoch_s=0.0,
+            expires_epoch_s=9e9,
+            evidence=evidence,
+            roles=["lead"],
+            quorum=1,
+        )
+        return self.add(
+            "gate_decision",
+            gate=gate,
+            round=1,
+            person="ada",
+            roles=["lead"],
+            decision="approve",
+            comment=comment,
+            statement="decisions/x.json",
+            sha256="e" * 64,
+        )
 
 
 def begun() -> Events:
@@ -182,7 +202,15 @@ def test_pages_hold_no_script_whatever_people_write() -> None:
     events = Events().add("run_opened", **{**OPENED, "version": HOSTILE, "opened_by": HOSTILE})
     events.add("phase_started", phase=HOSTILE).step(HOSTILE, error=HOSTILE, status="failed").gate("backup", HOSTILE)
     events.step("verify.watch_telemetry", **{HOSTILE: HOSTILE})
-    events.add("check_recorded", check=HOSTILE, passed=False, person=HOSTILE, note=HOSTILE, statement=f"javascript:{HOSTILE}", sha256="")
+    events.add(
+        "check_recorded",
+        check=HOSTILE,
+        passed=False,
+        person=HOSTILE,
+        note=HOSTILE,
+        statement=f"javascript:{HOSTILE}",
+        sha256="",
+    )
     events.add("rollback_requested", reason=HOSTILE, exit_code=1).add("run_ended", state="rolled_back", reason=HOSTILE)
     files = {f"artifacts/watch/{HOSTILE}.png": FileFact("0" * 64, 1), "javascript:x": FileFact("0" * 64, 1)}
     state = fold(events)
@@ -196,9 +224,14 @@ def test_pages_hold_no_script_whatever_people_write() -> None:
 
 
 def test_the_front_page_shows_who_decided_what_failed_and_the_charts() -> None:
-    events = begun().step("backup.dump", status="failed", error="disk full").step("backup.dump").gate("backup", "looks good")
+    events = (
+        begun().step("backup.dump", status="failed", error="disk full").step("backup.dump").gate("backup", "looks good")
+    )
     events.step("verify.watch_telemetry", points=60).add("run_ended", state="aborted", reason="enough")
-    files = {"artifacts/watch/p95_latency_s.png": FileFact("1" * 64, 2048), "html/01_backup.html": FileFact("2" * 64, 5)}
+    files = {
+        "artifacts/watch/p95_latency_s.png": FileFact("1" * 64, 2048),
+        "html/01_backup.html": FileFact("2" * 64, 5),
+    }
 
     content = record_html(fold(events), events, files)
 
@@ -224,8 +257,13 @@ def luminance(colour: str) -> float:
 
 
 def test_text_has_the_contrast_of_wcag_aa_in_both_schemes() -> None:
-    schemes = [dict(re.findall(r"--([a-z-]+):(#[0-9a-f]{3,6})", block)) for block in re.findall(r":root\{([^}]*)\}", page("t", ""))]
-    pairs = [(text, back) for text in ("text", "soft", "link", "good", "bad", "warn") for back in ("bg", "card", "code")]
+    schemes = [
+        dict(re.findall(r"--([a-z-]+):(#[0-9a-f]{3,6})", block))
+        for block in re.findall(r":root\{([^}]*)\}", page("t", ""))
+    ]
+    pairs = [
+        (text, back) for text in ("text", "soft", "link", "good", "bad", "warn") for back in ("bg", "card", "code")
+    ]
     pairs += [(tone, f"{tone}-bg") for tone in ("good", "bad", "warn")]
 
     assert len(schemes) == 2
@@ -236,7 +274,9 @@ def test_text_has_the_contrast_of_wcag_aa_in_both_schemes() -> None:
 
 
 def test_the_next_move_can_be_typed() -> None:
-    assert next_move(fold(begun()), "backup").startswith("runbook gate show RUN-1 backup, then: runbook gate approve RUN-1 backup")
+    assert next_move(fold(begun()), "backup").startswith(
+        "runbook gate show RUN-1 backup, then: runbook gate approve RUN-1 backup"
+    )
     assert "runbook rollback RUN-1" in next_move(fold(begun().step("backup.dump", status="failed")), None)
     assert next_move(fold(begun()), None) == "runbook resume RUN-1"
     assert "runbook review RUN-1" in next_move(fold(finished()), None)
@@ -245,8 +285,29 @@ def test_the_next_move_can_be_typed() -> None:
 
 
 def test_a_plan_as_text_names_commands_gates_and_its_digest() -> None:
-    step = {"phase": "backup", "step": "backup.dump", "title": "Dump", "owner": "Ops", "targets": ["db"], "commands": [["pg_dump", "-Fc"]], "needs_gates": ["backup"], "expected_s": 90.0, "way_back": "none"}
-    plan = {"version": "v1", "commit": "a" * 40, "environment": "rehearsal", "previous_commit": "b" * 40, "steps": [step], "gates": {"backup": {"roles": ["lead"], "quorum": 1, "timeout_s": 3600.0}}, "read_only_s": 100.0, "budget_s": 600.0, "warnings": ["too long"], "digest": "d" * 64}
+    step = {
+        "phase": "backup",
+        "step": "backup.dump",
+        "title": "Dump",
+        "owner": "Ops",
+        "targets": ["db"],
+        "commands": [["pg_dump", "-Fc"]],
+        "needs_gates": ["backup"],
+        "expected_s": 90.0,
+        "way_back": "none",
+    }
+    plan = {
+        "version": "v1",
+        "commit": "a" * 40,
+        "environment": "rehearsal",
+        "previous_commit": "b" * 40,
+        "steps": [step],
+        "gates": {"backup": {"roles": ["lead"], "quorum": 1, "timeout_s": 3600.0}},
+        "read_only_s": 100.0,
+        "budget_s": 600.0,
+        "warnings": ["too long"],
+        "digest": "d" * 64,
+    }
 
     text = plan_text(plan)
 
@@ -254,7 +315,9 @@ def test_a_plan_as_text_names_commands_gates_and_its_digest() -> None:
         assert expected in text
 
 
-@pytest.mark.parametrize(("value", "expected"), [(0.04, "0.0 s"), (12.3, "12 s"), (125, "2 min 05 s"), (3725, "1 h 02 min")])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0.04, "0.0 s"), (12.3, "12 s"), (125, "2 min 05 s"), (3725, "1 h 02 min")]
+)
 def test_durations(value: float, expected: str) -> None:
     assert seconds(value) == expected
 
@@ -265,9 +328,15 @@ def test_sizes_and_hidden_characters() -> None:
 
 
 OUTPUTS = [
-    {"text/html": f"<div onclick=x style='color:red'><b>kept</b>{HOSTILE}<svg onload=alert(1)></svg><iframe src=x></iframe></div>"},
-    {"text/html": "<a href='javascript:alert(1)'>a</a><a href='data:text/html,x'>b</a><a href='https://ok.example/'>c</a>"},
-    {"text/html": "<img src='https://elsewhere.example/x.png'><link rel=stylesheet href=//x><form action=x><input></form>"},
+    {
+        "text/html": f"<div onclick=x style='color:red'><b>kept</b>{HOSTILE}<svg onload=alert(1)></svg><iframe src=x></iframe></div>"
+    },
+    {
+        "text/html": "<a href='javascript:alert(1)'>a</a><a href='data:text/html,x'>b</a><a href='https://ok.example/'>c</a>"
+    },
+    {
+        "text/html": "<img src='https://elsewhere.example/x.png'><link rel=stylesheet href=//x><form action=x><input></form>"
+    },
     {"application/javascript": "alert(1)", "text/plain": "plain"},
     {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}},
     {"text/markdown": "[x](javascript:alert(1)) <script>1</script>"},
@@ -279,10 +348,19 @@ OUTPUTS = [
 def write_notebook(path: Path) -> Path:
     outputs: list[dict[str, Any]] = [{"output_type": "display_data", "metadata": {}, "data": data} for data in OUTPUTS]
     outputs.append({"output_type": "stream", "name": "stderr", "text": HOSTILE})
-    outputs.append({"output_type": "error", "ename": "PausedError", "evalue": "gate", "traceback": [f"\x1b[31m{HOSTILE}"]})
+    outputs.append(
+        {"output_type": "error", "ename": "PausedError", "evalue": "gate", "traceback": [f"\x1b[31m{HOSTILE}"]}
+    )
     cells = [
         {"cell_type": "markdown", "id": "a", "metadata": {}, "source": f"# Title\n\n{HOSTILE}\n\n<div id=main>x</div>"},
-        {"cell_type": "code", "id": "b", "metadata": {}, "source": f"x = '{HOSTILE}'", "execution_count": 1, "outputs": outputs},
+        {
+            "cell_type": "code",
+            "id": "b",
+            "metadata": {},
+            "source": f"x = '{HOSTILE}'",
+            "execution_count": 1,
+            "outputs": outputs,
+        },
     ]
     path.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": cells}))
     return path
@@ -292,9 +370,25 @@ def test_a_notebooks_page_has_its_outputs_and_nothing_that_runs(tmp_path: Path) 
     content = notebook_html(write_notebook(tmp_path / "n.ipynb"), title="<Backup>")
 
     assert active_content(content.encode()) == ""
-    for expected in ("<b>kept</b>", "data:image/png;base64,iVBORw0KGgo=", "https://ok.example/", "plain", "&lt;Backup&gt;"):
+    for expected in (
+        "<b>kept</b>",
+        "data:image/png;base64,iVBORw0KGgo=",
+        "https://ok.example/",
+        "plain",
+        "&lt;Backup&gt;",
+    ):
         assert expected in content
-    for refused in ("<svg", "<iframe", "<form", "<input", "<link", "onclick", "elsewhere.example", 'href="data:', 'href="javascript'):
+    for refused in (
+        "<svg",
+        "<iframe",
+        "<form",
+        "<input",
+        "<link",
+        "onclick",
+        "elsewhere.example",
+        'href="data:',
+        'href="javascript',
+    ):
         assert refused not in content
     assert content.count('id="main"') == 1
 
@@ -326,5 +420,7 @@ def test_active_content_is_found(content: str) -> None:
 
 
 def test_plain_pages_are_not_active() -> None:
-    assert active_content(b"<p>a</p><a href='https://x'>x</a><img src='data:image/png;base64,x'><img src='./a.png'>") == ""
+    assert (
+        active_content(b"<p>a</p><a href='https://x'>x</a><img src='data:image/png;base64,x'><img src='./a.png'>") == ""
+    )
     assert active_content("é".encode("latin-1")) != ""

@@ -77,9 +77,7 @@ def test_anything_else_is_refused(trust: Path, signature: bytes, data: bytes, pr
         signatures.verify(data, signature, principal=principal, namespace=namespace, trust=trust)
 
 
-def test_a_person_cannot_sign_records_and_the_recorder_cannot_sign_at_gates(
-    trust: Path, keys: dict[str, Path]
-) -> None:
+def test_a_person_cannot_sign_records_and_the_recorder_cannot_sign_at_gates(trust: Path, keys: dict[str, Path]) -> None:
     for name, namespace in (("ada", "runbook-record"), ("recorder", "runbook-gate")):
         signature = signatures.sign(DATA, key=keys[name], namespace=namespace)
         with pytest.raises(VerificationError):
@@ -137,9 +135,7 @@ def test_what_ssh_keygen_passes_over_is_not_canonical(trust: Path, signature: by
         "carriage returns": signature.replace(b"\n", b"\r\n"),
         "one long line": f"{lines[0]}\n{''.join(lines[1:-1])}\n{lines[-1]}\n".encode(),
         "version 0": signatures.armored(blob[:9] + b"\0" + blob[10:]),
-        "reserved field": signatures.armored(
-            blob[:reserved_at] + b"\0\0\0\x01x" + blob[reserved_at + 4 :]
-        ),
+        "reserved field": signatures.armored(blob[:reserved_at] + b"\0\0\0\x01x" + blob[reserved_at + 4 :]),
         "text behind the fields": signatures.armored(blob + b"\0\0\0\0"),
     }
 

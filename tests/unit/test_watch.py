@@ -28,8 +28,7 @@ def rows(
     early = range(round(4 * duration_s / step_s))
     late = range(round(duration_s / step_s))
     return [
-        Sample(START_S - (len(early) - n) * step_s, metric, before(n / len(early)), "baseline", instance)
-        for n in early
+        Sample(START_S - (len(early) - n) * step_s, metric, before(n / len(early)), "baseline", instance) for n in early
     ] + [Sample(START_S + n * step_s, metric, during(n / len(late)), "current", instance) for n in late]
 
 
@@ -173,9 +172,7 @@ def test_a_queue_that_grows_without_a_pause_is_red() -> None:
 
 def test_one_sick_instance_of_three_does_not_hide() -> None:
     watch = calm()
-    watch[P95] = [
-        s for name in "abc" for s in rows(P95, flat(0.2), flat(0.7 if name == "b" else 0.2), instance=name)
-    ]
+    watch[P95] = [s for name in "abc" for s in rows(P95, flat(0.2), flat(0.7 if name == "b" else 0.2), instance=name)]
 
     judged = judge(everything(watch)).metrics[P95]
 
@@ -190,9 +187,7 @@ def test_one_sick_instance_of_three_does_not_hide() -> None:
 def test_one_instance_that_fails_requests_does_not_hide() -> None:
     watch = calm()
     watch[REQUESTS] = [s for name in "abc" for s in rows(REQUESTS, flat(20), flat(20), instance=name)]
-    watch[ERRORS] = [
-        s for name in "abc" for s in rows(ERRORS, flat(0), flat(0.3 * (name == "b")), instance=name)
-    ]
+    watch[ERRORS] = [s for name in "abc" for s in rows(ERRORS, flat(0), flat(0.3 * (name == "b")), instance=name)]
 
     assert verdict(watch) == "red"
 
@@ -213,9 +208,7 @@ def test_instances_that_scrape_at_different_moments_are_added_up() -> None:
 # --- hard limits
 
 
-@pytest.mark.parametrize(
-    ("minutes", "expected"), [(0, "green"), (1, "green"), (2, "inconclusive"), (3, "red")]
-)
+@pytest.mark.parametrize(("minutes", "expected"), [(0, "green"), (1, "green"), (2, "inconclusive"), (3, "red")])
 def test_a_hard_limit_is_broken_in_three_minutes(minutes: int, expected: str) -> None:
     watch = calm()
     watch[P95] = rows(P95, flat(0.2), lambda part: 0.25 if 5 / 15 <= part < (5 + minutes) / 15 else 0.2)
@@ -406,9 +399,7 @@ def test_last_hour_and_last_week_must_agree() -> None:
 
 
 def test_a_series_file_is_read() -> None:
-    text = (
-        "time,metric,value,window,instance\n2026-01-02T03:04:05Z,m,1.5,baseline,a\n1767323046,m,,current,\n"
-    )
+    text = "time,metric,value,window,instance\n2026-01-02T03:04:05Z,m,1.5,baseline,a\n1767323046,m,,current,\n"
 
     first, second = read_series(text)
 
@@ -577,9 +568,7 @@ def test_worse_values_never_turn_red_to_green(
     sign = -1 if metric == REQUESTS else 1
     later = {
         **watch,
-        metric: current(
-            watch[metric], lambda n, s: replace(s, value=max(0.0, s.value + sign * scale * worse[n]))
-        ),
+        metric: current(watch[metric], lambda n, s: replace(s, value=max(0.0, s.value + sign * scale * worse[n]))),
     }
 
     if verdict(watch, config) != "green":
@@ -609,9 +598,7 @@ def test_losing_points_never_turns_doubt_into_green(
 
 @settings(max_examples=150, deadline=None)
 @given(LEVELS, PLACES, st.sampled_from([0.3, 1.0, 10.0]))
-def test_losing_points_never_turns_red_errors_green(
-    levels: list[float], places: set[int], scale: float
-) -> None:
+def test_losing_points_never_turns_red_errors_green(levels: list[float], places: set[int], scale: float) -> None:
     watch = stepped(ERRORS, levels, scale)
     holes = {**watch, ERRORS: current(watch[ERRORS], lambda n, s: missing(s) if n in places else s)}
 
