@@ -21,7 +21,7 @@ rehearse: install
 
 test: install
 	sh rehearsal/install-debian.sh
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: install
 	$(BIN)/ruff check .

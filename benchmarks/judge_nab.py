@@ -191,7 +191,9 @@ def measure(chosen: Sequence[Series]) -> dict[str, Counter[str]]:
         dice = random.Random(series.name)
         for points in WATCH_POINTS:
             for case in cases(series, points, calm=True):
-                count(f"calm, as p95, {points} points", verdict(P95, case, case.current))
+                found = verdict(P95, case, case.current)
+                count(f"calm, as p95, {points} points", found)
+                count(f"calm, as p95, {Path(series.name).stem}", found)
                 count("calm, as queue depth", verdict(QUEUE, case, case.current))
                 count("calm, as traffic (never red)", verdict(REQUESTS, case, case.current))
                 for name, fault in LATENCY_FAULTS.items():
@@ -211,8 +213,8 @@ def measure(chosen: Sequence[Series]) -> dict[str, Counter[str]]:
             for case in cases(series, points, calm=False):
                 count("labelled, onset in the watch", verdict(P95, case, case.current))
         for start_s, end_s in series.sick:
-            found = [verdict(P95, case, case.current) for case in inside(series, start_s, end_s)]
-            worst = next((v for v in ("red", "inconclusive") if v in found), "green")
+            within = {verdict(P95, case, case.current) for case in inside(series, start_s, end_s)}
+            worst = next((v for v in ("red", "inconclusive") if v in within), "green")
             count("labelled windows, the worst watch inside", worst)
     return table
 
@@ -231,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     sys.stdout.write(f"{options.split}: {len(chosen)} series\n\n")
     sys.stdout.write("| case | n | red % | inconclusive % | green % |\n|---|---:|---:|---:|---:|\n")
-    for row, found in table.items():
+    for row, found in sorted(table.items()):
         n = found.total()
         shares = " | ".join(f"{100 * found[v] / n:.1f}" for v in ("red", "inconclusive", "green"))
         sys.stdout.write(f"| {row} | {n} | {shares} |\n")

@@ -117,7 +117,7 @@ def go(run: Run, *, wait: bool = False, until: str | None = None) -> Outcome:
                 if stop is not None:
                     return _stopped(run, stop)
             if phase == until:
-                return Outcome(75, f"{phase} is green; stopped there as asked", phase)
+                return Outcome(0, f"{phase} is green; stopped there as asked", phase)
     finally:
         kernels.close()
     end(run, "completed")

@@ -90,13 +90,28 @@ def test_sys_exit_in_a_cell_does_not_pass_for_success(project: Project, tools: T
     cell["source"] = "import sys\nsys.exit(0)"
     path.write_text(json.dumps(notebook))
 
-    done = project.runbook("run", "rehearsal", "--json")
+    done = project.runbook("run", "rehearsal", "--set", "gates.backup.timeout_s=1", "--json")
 
     path.write_text(original)
     facts = project.last_json(done)
     assert (done.returncode, facts["state"], facts["phase"]) == (1, "failed", "backup"), done.stderr
-    back = project.runbook("rollback", facts["run_id"], "--reason", "a notebook was edited", "--json")
-    assert (back.returncode, project.last_json(back)["state"]) == (1, "rolled_back"), back.stderr
+
+
+def test_a_time_out_at_a_gate_approves_nothing_and_undoes_nothing(project: Project, tools: Tools) -> None:
+    run_id = project.runs()[-1].name
+    asked = project.runbook("resume", run_id, "--json")
+    assert (asked.returncode, project.last_json(asked)["gate"]) == (75, "backup"), asked.stderr
+
+    late = project.runbook("resume", run_id, "--json")  # the gate's second passes while the command starts
+
+    assert late.returncode == 3, late.stderr
+    assert "timed out" in late.stderr
+    assert project.approve(run_id, "1", "ada").returncode == 2
+    assert Path(project.facts["repository"], "runbook-freeze.json").exists()  # nothing was undone
+
+    back = project.runbook("rollback", run_id, "--reason", "nobody came", "--json")
+    assert (back.returncode, project.last_json(back)["state"]) == (3, "rolled_back"), back.stderr
+    assert not Path(project.facts["repository"], "runbook-freeze.json").exists()
 
 
 def test_a_killed_dump_is_found_again_and_the_run_stops_at_gate_1(project: Project, tools: Tools) -> None:

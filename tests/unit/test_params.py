@@ -114,6 +114,16 @@ def test_what_is_no_mapping_or_no_yaml_is_refused(tmp_path: Path, text: str) -> 
         load(write(tmp_path, "some", text))
 
 
+# What PyYAML or Python raise by themselves on the way to the schema.
+ODD = ["? [a, b]\n: c\n", "? {a: 1}\n: b\n", "a: 2026-02-31\n", "[" * 3000, "a: " + "1" * 5000, "&a {b: *a}\n", 'facts: "a\\0b"\n', "facts: params\n"]
+
+
+@pytest.mark.parametrize("text", ODD, ids=lambda text: text[:12])
+def test_odd_yaml_is_refused_like_any_other_mistake(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UsageError, match=r"some\.yml"):
+        load(write(tmp_path, "some", text))
+
+
 def test_a_file_that_is_not_there_names_the_ones_that_are(tmp_path: Path) -> None:
     write(tmp_path, "staging", "{}")
     write(tmp_path, "example", "{}")
@@ -283,6 +293,7 @@ def test_set_overrides_with_a_yaml_scalar(tmp_path: Path) -> None:
         ("watch.durations", "20", "watch.durations"),
         ("watch.duration_s", "soon", "watch.duration_s"),
         ("environment.name", "x", "environment is no mapping"),
+        ("window.start", "2026-02-31", "window.start"),
         ("watch.duration_s", "[1", "--set watch.duration_s"),
         ("", "1", "some.yml"),
     ],
