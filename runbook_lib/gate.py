@@ -112,7 +112,7 @@ def evidence(run: Run, name: str) -> dict[str, Any]:
                 files.append({"path": artifact.path, "sha256": found})
             summary = "; ".join(f"{k}: {shown(v)}" for k, v in result.facts.items())[:1500]
             body: dict[str, Any] = {
-                "name": result.title,
+                "name": f"{result.title} · {key.partition('@')[2]}" if "@" in key else result.title,
                 "step": key,
                 "verdict": verdict,
                 "summary": summary,

@@ -121,7 +121,10 @@ def _apply(state: RunState, event: Event) -> RunState:
             return replace(state, checks={**state.checks, data["check"]: data})
         case "step_intent" | "step_outcome" | "step_reset" | "step_blocked":
             old = state.step(data["step"])
-            return replace(state, steps={**state.steps, data["step"]: _apply_step(old, event)})
+            steps = {**state.steps, data["step"]: _apply_step(old, event)}
+            # A notebook run by hand starts its phase with its first step.
+            begun = event.kind == "step_intent" and data["phase"] != "review"
+            return replace(state, steps=steps, phase=data["phase"] if begun else state.phase)
         case "gate_opened" | "gate_decision" | "gate_timed_out":
             gate = _apply_gate(state.gate(data["gate"]), event)
             return replace(state, gates={**state.gates, data["gate"]: gate})

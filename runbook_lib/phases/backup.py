@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import tarfile
-import zlib
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from runbook_lib import backup_files as on_disk
 from runbook_lib import restore
 from runbook_lib.adapters import inventory
-from runbook_lib.canonical import canonical_json, sha256, sha256_file, sync_folder, write_atomically
+from runbook_lib.canonical import canonical_json, sha256, sha256_file, write_atomically
 from runbook_lib.commands import archive_files as files
 from runbook_lib.commands import postgres
-from runbook_lib.errors import PausedError, StepFailedError, StepInDoubtError
+from runbook_lib.errors import PausedError, StepFailedError
 from runbook_lib.gate import gate_step
 from runbook_lib.ledger import utc_now
 from runbook_lib.model import Recovery, StepResult
@@ -25,16 +23,6 @@ from runbook_lib.run import Run
 from runbook_lib.step import current_attempt, step
 
 _MOST_SHOWN = 20
-
-
-def dump_path(run: Run) -> Path:
-    """Where the run's database dump lies."""
-    return Path(run.params.backup.directory) / f"{run.run_id}.dump"
-
-
-def archive_path(run: Run, host: str) -> Path:
-    """Where the run's archive of a host's files lies."""
-    return Path(run.params.backup.directory) / f"{run.run_id}-{host}.tgz"
 
 
 def _hosts(run: Run) -> tuple[str, ...]:
@@ -86,22 +74,22 @@ def _(run: Run) -> list[tuple[str, ...]]:
 )
 def archive_files(run: Run, host: str) -> StepResult:
     """Stream the host's files here as one archive and compare each with its source."""
-    final = archive_path(run, host)
-    finished = _finished(run, final)
+    final = on_disk.archive_path(run, host)
+    finished = on_disk.finished(run, final)
     if finished is not None:
         return finished
-    part = _fresh_part(final)
+    part = on_disk.fresh_part(final)
     try:
-        before = _source_manifest(run, host, "before")
+        before = on_disk.source_manifest(run, host, "before")
         if not before:
             raise StepFailedError(
                 f"{host} has no file in {', '.join(run.params.all_hosts[host].files)}",
                 remedy=f"mend hosts.{host}.files",
             )
-        run.services.shell.run(_tar(run, host, before, part), name=f"tar-{host}")
-        _sync(part)
-        archived = _contents(part)
-        after = _source_manifest(run, host, "after")
+        run.services.shell.run(on_disk.tar_of(run, host, before, part), name=f"tar-{host}")
+        on_disk.sync(part)
+        archived = on_disk.contents_of(part)
+        after = on_disk.source_manifest(run, host, "after")
         compared = files.compare(before, archived, after)
         if not compared.proved:
             raise StepFailedError(
@@ -119,7 +107,7 @@ def archive_files(run: Run, host: str) -> StepResult:
             "changed while archived": list(compared.moving[:_MOST_SHOWN]),
         }
         result = StepResult(facts=facts, artifacts=(kept,))
-        _finish(run, part, final, result)
+        on_disk.finish(run, part, final, result)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -128,44 +116,18 @@ def archive_files(run: Run, host: str) -> StepResult:
 
 @archive_files.probe
 def _(run: Run, host: str, intent: Mapping[str, Any]) -> StepResult | None:
-    return _finished(run, archive_path(run, host))
+    return on_disk.finished(run, on_disk.archive_path(run, host))
 
 
 @archive_files.plan
 def _(run: Run) -> list[tuple[str, ...]]:
     shown: list[tuple[str, ...]] = []
     for host in _hosts(run):
-        part = archive_path(run, host).with_suffix(".tgz.part")
+        part = on_disk.archive_path(run, host).with_suffix(".tgz.part")
         named = run.params.all_hosts[host].files
         manifest = files.manifest(named, into=part, timeout_s=run.params.backup.timeout_s)
-        shown += [run.services.hosts[host].command(manifest).argv, _tar(run, host, {}, part).argv]
+        shown += [run.services.hosts[host].command(manifest).argv, on_disk.tar_of(run, host, {}, part).argv]
     return shown
-
-
-def _tar(run: Run, host: str, known: Mapping[str, str], part: Path) -> Any:
-    command = files.create(
-        run.params.all_hosts[host].files, known=known, into=part, timeout_s=run.params.backup.timeout_s
-    )
-    return run.services.hosts[host].command(command)
-
-
-def _source_manifest(run: Run, host: str, when: str) -> dict[str, str]:
-    into = _scratch(run) / f"{host}-{when}.sha256"
-    command = files.manifest(run.params.all_hosts[host].files, into=into, timeout_s=run.params.backup.timeout_s)
-    run.services.shell.run(run.services.hosts[host].command(command), name=f"manifest-{when}-{host}")
-    try:
-        return files.parse_manifest(into.read_bytes())
-    except ValueError as error:
-        raise StepFailedError(
-            f"the list of files of {host} is not readable: {error}", remedy=f"look at {into}"
-        ) from error
-
-
-def _contents(archive: Path) -> dict[str, str]:
-    try:
-        return files.contents(archive)
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise StepFailedError(f"{archive} cannot be read to its end: {error}", remedy="archive again") from error
 
 
 @step(
@@ -179,11 +141,11 @@ def _contents(archive: Path) -> dict[str, str]:
 def dump_database(run: Run) -> StepResult:
     """pg_dump from an exported snapshot, with an inventory of exactly what that snapshot held."""
     database, params = run.services.database, run.params.database
-    final = dump_path(run)
-    finished = _finished(run, final)
+    final = on_disk.dump_path(run)
+    finished = on_disk.finished(run, final)
     if finished is not None:
         return finished
-    part = _fresh_part(final)
+    part = on_disk.fresh_part(final)
     try:
         with database.connect(
             params.backup_role, params.production, application=f"runbook: snapshot {run.run_id}"
@@ -205,13 +167,13 @@ def dump_database(run: Run) -> StepResult:
 
 @dump_database.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    final = dump_path(run)
-    found = _finished(run, final)
+    final = on_disk.dump_path(run)
+    found = on_disk.finished(run, final)
     if found is not None:
         return found
     # The executor is gone, pg_dump went on without it: its exit status says whether the dump is whole.
     status = run.folder / intent["children"] / "pg_dump.exit"
-    note, part = _scratch(run) / "dump-inventory.json", _part(final)
+    note, part = on_disk.scratch(run) / "dump-inventory.json", on_disk.part_of(final)
     if status.exists() and status.read_text().strip() == "0" and part.exists() and note.exists():
         known = json.loads(note.read_bytes())
         if known["attempt"] == intent["attempt"]:
@@ -222,7 +184,10 @@ def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
 
 @dump_database.plan
 def _(run: Run) -> list[tuple[str, ...]]:
-    return [("call", "pg_export_snapshot, inventory"), _dump(run, "SNAPSHOT", _part(dump_path(run))).argv]
+    return [
+        ("call", "pg_export_snapshot, inventory"),
+        _dump(run, "SNAPSHOT", on_disk.part_of(on_disk.dump_path(run))).argv,
+    ]
 
 
 def _server(run: Run) -> postgres.Server:
@@ -255,13 +220,15 @@ def _refuse_older_tool(run: Run, server_version: int) -> None:
 def _note(run: Run, content: Mapping[str, Any]) -> None:
     attempt = current_attempt()
     number = attempt.number if attempt is not None else 0
-    write_atomically(_scratch(run) / "dump-inventory.json", canonical_json({"attempt": number, **content}), mode=0o600)
+    write_atomically(
+        on_disk.scratch(run) / "dump-inventory.json", canonical_json({"attempt": number, **content}), mode=0o600
+    )
 
 
 def _adopt_dump(run: Run, part: Path, final: Path, source: Mapping[str, Any], taken_at: str) -> StepResult:
     if part.stat().st_size == 0:
         raise StepFailedError(f"pg_dump wrote nothing into {part}", remedy="look at its log, then resume")
-    _sync(part)
+    on_disk.sync(part)
     kept = run.keep("backup/inventory.json", canonical_json({"taken_at": taken_at, **source}))
     result = StepResult(
         facts={
@@ -275,7 +242,7 @@ def _adopt_dump(run: Run, part: Path, final: Path, source: Mapping[str, Any], ta
         },
         artifacts=(kept,),
     )
-    _finish(run, part, final, result)
+    on_disk.finish(run, part, final, result)
     return result
 
 
@@ -292,7 +259,7 @@ def validate_backup(run: Run) -> StepResult:
     source = _inventory(run)
     report: dict[str, Any] = {
         "dump": restore.prove_dump(
-            dump_path(run),
+            on_disk.dump_path(run),
             source,
             scratch=scratch_database(run),
             shell=run.services.shell,
@@ -303,7 +270,7 @@ def validate_backup(run: Run) -> StepResult:
     problems = list(report["dump"]["differences"])
     for host in _hosts(run):
         listed = json.loads((run.folder / "artifacts" / f"backup/files-{host}.json").read_bytes())["files"]
-        found = _contents(archive_path(run, host))
+        found = on_disk.contents_of(on_disk.archive_path(run, host))
         wrong = sorted(name for name in {*listed, *found} if listed.get(name) != found.get(name))
         report["archives"][host] = {"files": len(found), "wrong": wrong}
         problems += [f"{host}: {name} is not what was archived" for name in wrong]
@@ -335,7 +302,7 @@ def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
 
 @validate_backup.plan
 def _(run: Run) -> list[tuple[str, ...]]:
-    params, path, limit = run.params.database, dump_path(run), run.params.backup.timeout_s
+    params, path, limit = run.params.database, on_disk.dump_path(run), run.params.backup.timeout_s
     name = scratch_database(run).name
     return [
         postgres.list_contents(path).argv,
@@ -379,7 +346,7 @@ def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
 @replicate_off_site.plan
 def _(run: Run) -> list[tuple[str, ...]]:
     store = run.params.backup.store
-    paths = [dump_path(run), *(archive_path(run, host) for host in _hosts(run)), Path("inventory.json")]
+    paths = [on_disk.dump_path(run), *(on_disk.archive_path(run, host) for host in _hosts(run)), Path("inventory.json")]
     return [
         ("call", f"put {path.name} to s3://{store.bucket}/{store.prefix}/{_remote_key(run, path)}") for path in paths
     ]
@@ -387,8 +354,8 @@ def _(run: Run) -> list[tuple[str, ...]]:
 
 def _copies(run: Run) -> list[tuple[Path, str]]:
     """Every file that goes off site, with the digest that its own step recorded."""
-    known = [(dump_path(run), _fact(run, dump_database.key(), "sha256"))]
-    known += [(archive_path(run, host), _fact(run, archive_files.key(host), "sha256")) for host in _hosts(run)]
+    known = [(on_disk.dump_path(run), _fact(run, dump_database.key(), "sha256"))]
+    known += [(on_disk.archive_path(run, host), _fact(run, archive_files.key(host), "sha256")) for host in _hosts(run)]
     path = run.folder / "artifacts" / "backup/inventory.json"
     return [*known, (path, sha256_file(path))]
 
@@ -441,7 +408,7 @@ def _read_back(run: Run) -> StepResult:
 def compare_hashes(run: Run) -> StepResult:
     """One manifest that names every file with its digests here and there, and what the database held."""
     remote = {copy["file"]: copy for copy in json.loads((run.folder / "artifacts/backup/off_site.json").read_bytes())}
-    hosts = {archive_path(run, host).name: host for host in _hosts(run)}
+    hosts = {on_disk.archive_path(run, host).name: host for host in _hosts(run)}
     entries, unequal = [], []
     for path, source in _copies(run):
         copy = remote.get(path.name, {})
@@ -454,7 +421,7 @@ def compare_hashes(run: Run) -> StepResult:
         entries.append(
             {
                 "file": path.name,
-                "kind": "dump" if path == dump_path(run) else "files" if path.name in hosts else "inventory",
+                "kind": "dump" if path == on_disk.dump_path(run) else "files" if path.name in hosts else "inventory",
                 "host": hosts.get(path.name),
                 "bytes": path.stat().st_size if path.is_file() else 0,
                 "source_sha256": source,
@@ -491,7 +458,8 @@ def compare_hashes(run: Run) -> StepResult:
 @compare_hashes.plan
 def _(run: Run) -> list[tuple[str, ...]]:
     return [
-        ("call", f"sha256 of {path.name}") for path in (dump_path(run), *(archive_path(run, h) for h in _hosts(run)))
+        ("call", f"sha256 of {path.name}")
+        for path in (on_disk.dump_path(run), *(on_disk.archive_path(run, h) for h in _hosts(run)))
     ]
 
 
@@ -508,60 +476,6 @@ def _fact(run: Run, key: str, name: str) -> Any:
     if value is None:
         raise StepFailedError(f"{key} recorded no {name}", remedy=f"runbook status {run.run_id}")
     return value
-
-
-def _scratch(run: Run) -> Path:
-    folder = run.scratch / "backup"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _part(final: Path) -> Path:
-    return final.with_name(final.name + ".part")
-
-
-def _proof(run: Run, final: Path) -> Path:
-    return _scratch(run) / f"{final.name}.json"
-
-
-def _fresh_part(final: Path) -> Path:
-    """An empty file for the backup, readable by nobody else.
-
-    What a killed attempt of this run left under the scratch name is removed: nothing of it still runs.
-    """
-    part = _part(final)
-    part.unlink(missing_ok=True)
-    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    return part
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _finish(run: Run, part: Path, final: Path, result: StepResult) -> None:
-    """Give the backup its name: the last effect, so that the name alone says that it is whole and verified."""
-    write_atomically(_proof(run, final), canonical_json(result.as_json()), mode=0o600)
-    final.hardlink_to(part)  # unlike a rename it never replaces
-    part.unlink()
-    sync_folder(final.parent)
-
-
-def _finished(run: Run, final: Path) -> StepResult | None:
-    """The result of a backup that a killed process finished; None when its name is not there.
-
-    Raises:
-        StepInDoubtError: the name is there and what lies under it is not what was verified.
-    """
-    if not final.exists():
-        return None
-    proof = _proof(run, final)
-    result = StepResult.from_json(json.loads(proof.read_bytes())) if proof.exists() else None
-    if result is None or sha256_file(final) != result.facts["sha256"]:
-        raise StepInDoubtError(f"{final} is there and is not what this run verified", remedy="compare it by hand")
-    _part(final).unlink(missing_ok=True)
-    return result
 
 
 sign_off = gate_step(

@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import restore
+from runbook_lib import backup_files, restore
 from runbook_lib.errors import PausedError, StepFailedError, StepInDoubtError
 from runbook_lib.model import Command, Status
 from runbook_lib.phases import backup, prepare
@@ -89,7 +89,7 @@ def test_the_inventory_is_the_dumps_own_moment(opened: Open, twin: dict[str, Any
 def test_a_damaged_dump_does_not_pass(opened: Open, twin: dict[str, Any], damage: str) -> None:  # noqa: F811
     one = opened()
     _backed_up(one)
-    dump = backup.dump_path(one.run)
+    dump = backup_files.dump_path(one.run)
     content = bytearray(dump.read_bytes())
     if damage == "cut":
         dump.write_bytes(content[: len(content) // 2])
@@ -131,7 +131,7 @@ def test_a_damaged_dump_does_not_pass(opened: Open, twin: dict[str, Any], damage
 def test_a_damaged_archive_does_not_pass(opened: Open) -> None:  # noqa: F811
     one = opened()
     _backed_up(one)
-    archive = backup.archive_path(one.run, "app-02")
+    archive = backup_files.archive_path(one.run, "app-02")
     archive.write_bytes(archive.read_bytes()[:-2000])
 
     with pytest.raises(StepFailedError, match=r"app-02\.tgz cannot be read"):
@@ -141,7 +141,7 @@ def test_a_damaged_archive_does_not_pass(opened: Open) -> None:  # noqa: F811
 def test_a_file_that_changed_after_its_proof_is_not_copied(opened: Open) -> None:  # noqa: F811
     one = opened()
     _backed_up(one)
-    archive = backup.archive_path(one.run, "app-01")
+    archive = backup_files.archive_path(one.run, "app-01")
     archive.write_bytes(archive.read_bytes() + b"x")
 
     with pytest.raises(StepFailedError, match="expected"):
@@ -152,7 +152,7 @@ def test_a_local_file_that_differs_closes_the_gate(opened: Open) -> None:  # noq
     one = opened()
     _backed_up(one)
     backup.replicate_off_site(one.run)
-    with backup.dump_path(one.run).open("ab") as file:
+    with backup_files.dump_path(one.run).open("ab") as file:
         file.write(b"x")
 
     with pytest.raises(StepFailedError, match=r"\.dump: source"):
@@ -194,11 +194,11 @@ def test_a_failing_pg_dump_leaves_nothing(opened: Open, slow_tools: Tools) -> No
 
 def test_someone_elses_file_under_the_name_is_left_alone(opened: Open) -> None:  # noqa: F811
     one = opened()
-    backup.dump_path(one.run).write_text("precious")
+    backup_files.dump_path(one.run).write_text("precious")
 
     with pytest.raises(StepInDoubtError, match="is there"):
         backup.dump_database(one.run)
-    assert backup.dump_path(one.run).read_text() == "precious"
+    assert backup_files.dump_path(one.run).read_text() == "precious"
 
 
 def test_too_early_waits_and_records_nothing(opened: Open) -> None:  # noqa: F811
@@ -239,7 +239,7 @@ def test_killed_while_dumping_the_dump_that_went_on_is_taken(opened: Open, slow_
     line = 'real "$@"; status=$?; case "$1" in --version) ;; *) sleep 1;; esac; exit $status'
     tools = slow_tools("pg_dump", line)
     one = opened(database__bin=str(tools))
-    part = Path(f"{backup.dump_path(one.run)}.part")
+    part = Path(f"{backup_files.dump_path(one.run)}.part")
     one.kill_when("backup.dump_database", lambda: part.exists() and part.stat().st_size > 0)
 
     with _path(tools):
@@ -248,7 +248,7 @@ def test_killed_while_dumping_the_dump_that_went_on_is_taken(opened: Open, slow_
     assert len(_dumps(tools)) == 1
     (outcome,) = one.events("step_outcome", "backup.dump_database")
     assert outcome["settled_by"] == "probe"
-    assert [p.name for p in Path(one.run.params.backup.directory).iterdir()] == [backup.dump_path(one.run).name]
+    assert [p.name for p in Path(one.run.params.backup.directory).iterdir()] == [backup_files.dump_path(one.run).name]
     backup.archive_files(one.run)
     assert backup.validate_backup(one.run).facts["differences"] == []
     assert result.facts["rows"] > 5000
@@ -258,7 +258,7 @@ def test_killed_with_its_pg_dump_it_dumps_again(opened: Open, slow_tools: Tools)
     line = 'case "$1" in --version) real "$@";; *) real "$@"; sleep 3;; esac'
     tools = slow_tools("pg_dump", line)
     one = opened(database__bin=str(tools))
-    part = Path(f"{backup.dump_path(one.run)}.part")
+    part = Path(f"{backup_files.dump_path(one.run)}.part")
     one.kill_when("backup.dump_database", lambda: part.exists() and part.stat().st_size > 0)
     for pid in alive(str(part)):
         os.kill(pid, signal.SIGKILL)
@@ -267,7 +267,7 @@ def test_killed_with_its_pg_dump_it_dumps_again(opened: Open, slow_tools: Tools)
         backup.dump_database(one.run)
 
     assert len(_dumps(tools)) == 2
-    assert [p.name for p in Path(one.run.params.backup.directory).iterdir()] == [backup.dump_path(one.run).name]
+    assert [p.name for p in Path(one.run.params.backup.directory).iterdir()] == [backup_files.dump_path(one.run).name]
 
 
 def test_killed_before_pg_dump_starts_it_dumps_once(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
@@ -318,12 +318,12 @@ def test_killed_while_copying_each_file_is_stored_once(opened: Open) -> None:  #
 
 def test_killed_while_archiving_one_archive_a_host(opened: Open) -> None:  # noqa: F811
     one = opened()
-    final = backup.archive_path(one.run, "app-02")
+    final = backup_files.archive_path(one.run, "app-02")
     one.kill_when("backup.archive_files", lambda: final.exists() or Path(f"{final}.part").exists())
 
     backup.archive_files(one.run)
 
-    expected = {backup.archive_path(one.run, host).name for host in one.run.params.all_hosts}
+    expected = {backup_files.archive_path(one.run, host).name for host in one.run.params.all_hosts}
     assert {path.name for path in Path(one.run.params.backup.directory).iterdir()} == expected
 
 
@@ -338,3 +338,23 @@ def test_a_scratch_database_of_somebody_else_is_left_alone(opened: Open, twin: d
         assert _scratch_databases(twin) == [ours.name]
     finally:
         theirs.drop()
+
+
+def test_a_copied_dump_is_proved_by_its_manifest_alone(opened: Open, tmp_path: Path) -> None:  # noqa: F811
+    one = opened()
+    _backed_up(one)
+    backup.replicate_off_site(one.run)
+    backup.compare_hashes(one.run)
+    manifest = json.loads((one.run.folder / "artifacts/backup/manifest.json").read_bytes())
+    copy = tmp_path / "copy.dump"
+    copy.write_bytes(backup_files.dump_path(one.run).read_bytes())
+    services, params = one.run.services, one.run.params
+
+    def prove() -> dict[str, Any]:
+        return restore.prove_against_manifest(
+            copy, manifest, database=services.database, params=params.database, shell=services.shell, timeout_s=60.0
+        )
+
+    assert prove()["ok"]
+    manifest["files"][0]["source_sha256"] = "0" * 64
+    assert not prove()["ok"]

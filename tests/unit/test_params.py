@@ -115,7 +115,16 @@ def test_what_is_no_mapping_or_no_yaml_is_refused(tmp_path: Path, text: str) -> 
 
 
 # What PyYAML or Python raise by themselves on the way to the schema.
-ODD = ["? [a, b]\n: c\n", "? {a: 1}\n: b\n", "a: 2026-02-31\n", "[" * 3000, "a: " + "1" * 5000, "&a {b: *a}\n", 'facts: "a\\0b"\n', "facts: params\n"]
+ODD = [
+    "? [a, b]\n: c\n",
+    "? {a: 1}\n: b\n",
+    "a: 2026-02-31\n",
+    "[" * 3000,
+    "a: " + "1" * 5000,
+    "&a {b: *a}\n",
+    'facts: "a\\0b"\n',
+    "facts: params\n",
+]
 
 
 @pytest.mark.parametrize("text", ODD, ids=lambda text: text[:12])
