@@ -73,6 +73,8 @@ def config_from_mapping(mapping: Mapping[str, object]) -> WatchConfig:
     Raises:
         ValueError: an unknown key, a wrong type or a value out of range; the message names the key.
     """
+    # A file may hold anything; say so in words. Dotted keys are how `--set` and the manual write them.
+    mapping = {key.removeprefix("watch."): value for key, value in _table(mapping, "watch").items()}
     if set(mapping) == {"watch"}:
         return config_from_mapping(_table(mapping["watch"], "watch"))
     known = [item.name for item in fields(WatchConfig)]

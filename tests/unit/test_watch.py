@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -482,6 +483,7 @@ def test_a_config_is_read_alone_or_under_its_section() -> None:
     assert config == config_from_mapping({"watch": table})
     assert (config.duration_s, config.hard_limits[P95], config.effect("cpu").relative) == (60.0, 2.0, 1.0)
     assert config_from_mapping({}) == WatchConfig()
+    assert config_from_mapping({"watch.duration_s": 60}).duration_s == 60
 
 
 @pytest.mark.parametrize(
@@ -502,9 +504,11 @@ def test_a_config_is_read_alone_or_under_its_section() -> None:
         ({"effects": {P95: {"size": 1}}}, f"watch.effects.{P95}.size"),
         ({"effects": {P95: {"worse": "left"}}}, f"watch.effects.{P95}.worse"),
         ({"watch": 3}, "watch"),
+        ([1], "watch"),
+        (5, "watch"),
     ],
 )
-def test_a_wrong_config_names_its_key(table: dict[str, object], key: str) -> None:
+def test_a_wrong_config_names_its_key(table: Any, key: str) -> None:
     with pytest.raises(ValueError, match=f"^{key}:"):
         config_from_mapping(table)
 
