@@ -123,7 +123,7 @@ def _apply(state: RunState, event: Event) -> RunState:
             old = state.step(data["step"])
             steps = {**state.steps, data["step"]: _apply_step(old, event)}
             # A notebook run by hand starts its phase with its first step.
-            begun = event.kind == "step_intent" and data["phase"] != "review"
+            begun = event.kind == "step_intent" and data.get("phase", "review") != "review"
             return replace(state, steps=steps, phase=data["phase"] if begun else state.phase)
         case "gate_opened" | "gate_decision" | "gate_timed_out":
             gate = _apply_gate(state.gate(data["gate"]), event)
