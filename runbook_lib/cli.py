@@ -232,7 +232,7 @@ def stack_down(json: Json = False) -> None:
 
     for state in wiring.ledger_of().runs("rehearsal"):
         if not state.ended:
-            _abort_in_ledger(state.run_id, "the rehearsal stack was taken down")
+            _abort_run(state.run_id, "the rehearsal stack was taken down")
     _stack("down")
     if json:
         _print_json({"up": False})
@@ -416,11 +416,17 @@ def abort(
     _finish(run, Outcome(0, f"aborted: {reason}; {len(changed)} things stay changed", run.state.phase), json=json)
 
 
-def _abort_in_ledger(run_id: str, reason: str) -> None:
-    from runbook_lib import wiring
+def _abort_run(run_id: str, reason: str) -> None:
+    """End a run without looking at its targets; a run whose folder is gone is only closed in the ledger."""
+    from runbook_lib import executor, wiring
 
-    ledger = wiring.ledger_of()
-    ledger.append(run_id, "run_ended", {"state": "aborted", "reason": reason})
+    try:
+        executor.end(wiring.attach(run_id), "aborted", reason=reason)
+    except RunbookError as error:
+        _say(f"run {run_id} could not be sealed: {error}")
+        ledger = wiring.ledger_of()
+        if not ledger.state(run_id).ended:
+            ledger.append(run_id, "run_ended", {"state": "aborted", "reason": reason})
 
 
 @app.command()

@@ -292,12 +292,16 @@ def load(path: Path, *, settings: Mapping[str, str] | None = None) -> Params:
         raise UsageError(f"there is no params file {path.name} (known environments: {known})", remedy=f"write {path}")
     try:
         data = yaml.load(path.read_text(), Loader=_UniqueKeys)  # noqa: S506  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError, UsageError) as error:
+    except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError, UsageError) as error:
+        # PyYAML itself raises the plain ones: 2026-02-31, a key that is a list, brackets without end.
         raise UsageError(f"{path.name} is not readable YAML: {_one_line(error)}", remedy=f"mend {path}") from error
     if not isinstance(data, dict):
         raise UsageError(f"{path.name} must be a mapping, not {type(data).__name__}", remedy="see params/example.yml")
     facts = data.get("facts")
-    data = _substituted(data, _facts(path, facts) if isinstance(facts, str) else {}, path.name)
+    try:
+        data = _substituted(data, _facts(path, facts) if isinstance(facts, str) else {}, path.name)
+    except RecursionError as error:
+        raise UsageError(f"{path.name} refers to itself without end", remedy=f"mend {path}") from error
     for dotted, value in (settings or {}).items():
         _set(data, dotted, value)
     return check(data, where=path.name, environment=path.stem)
@@ -314,7 +318,7 @@ def check(data: Mapping[str, Any], *, where: str, environment: str | None = None
     except ValidationError as error:
         problems = error.errors()
         first = problems[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the whole"
+        key = _one_line(".".join(str(part) for part in first["loc"])) or "the whole"
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UsageError(
             f"{where}: {key}: {_one_line(first['msg'])}{more}", remedy="compare with params/example.yml"
@@ -328,18 +332,21 @@ def check(data: Mapping[str, Any], *, where: str, environment: str | None = None
 
 
 def _facts(path: Path, name: str) -> dict[str, Any]:
-    file = (path.parent.parent / name).resolve()
     try:
-        data = json.loads(file.read_text())
+        data = json.loads((path.parent.parent / name).resolve().read_text())
     except FileNotFoundError as error:
         raise UsageError(
             f"{path.name}: facts: {name} is not there: the stack that writes it is down", remedy="runbook stack up"
         ) from error
+    except OSError as error:
+        raise UsageError(f"{path.name}: facts: {name} cannot be read: {error.strerror}", remedy="check it") from error
     except ValueError as error:
         raise UsageError(
-            f"{path.name}: facts: {name} is no JSON: {_one_line(error)}", remedy="runbook stack up"
+            f"{path.name}: facts: {_one_line(name)} is no JSON: {_one_line(error)}", remedy="runbook stack up"
         ) from error
-    return dict(data)
+    if not isinstance(data, dict):
+        raise UsageError(f"{path.name}: facts: {name} is no JSON object", remedy="runbook stack up")
+    return data
 
 
 def _substituted(value: Any, facts: Mapping[str, Any], where: str) -> Any:
@@ -373,7 +380,7 @@ def _set(data: dict[str, Any], dotted: str, text: str) -> None:
             raise UsageError(f"--set {dotted}: {part} is no mapping", remedy="see params/example.yml")
     try:
         node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"--set {dotted}: {_one_line(error)}", remedy="give a YAML scalar") from error
 
 
@@ -391,4 +398,5 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]
+    # What a file says goes to a terminal: no line breaks, no escape sequences.
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))[:300]

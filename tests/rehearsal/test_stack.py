@@ -361,6 +361,7 @@ def test_a_twin_whose_keeper_was_killed_is_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "t"
     try:
         old = facts_of(rehearsal("up", folder))
+        passwords = Path(old["database"]["passfile"]).read_text()
         keeper = supervisor.running(folder)
         assert keeper is not None
         os.kill(keeper, signal.SIGKILL)
@@ -372,7 +373,8 @@ def test_a_twin_whose_keeper_was_killed_is_replaced(tmp_path: Path) -> None:
 
         new = facts_of(rehearsal("up", folder))
 
-        assert new["people"]["ada"]["public_key"] != old["people"]["ada"]["public_key"]
+        assert new["people"]["ada"]["public_key"] == old["people"]["ada"]["public_key"]  # people stay who they are
+        assert Path(new["database"]["passfile"]).read_text() != passwords
         assert not set(orphans) & set(supervisor.processes_of(folder))
         assert get(new["endpoints"]["front"] + "/health")["status"] == "ok"
     finally:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import psycopg
-from conftest import Project
+
+from tests.project import Project
 
 
 def served(facts: dict) -> set[str]:

@@ -15,7 +15,8 @@ import psycopg
 import pytest
 import yaml
 from botocore.config import Config
-from conftest import Project, wait_until
+
+from tests.project import Project, wait_until
 
 HELD = ("pg_dump", "dbmate", "ansible-playbook")
 

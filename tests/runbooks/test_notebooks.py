@@ -9,9 +9,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT, Project
 
 from runbook_lib.phases import ALL, name_of, notebook_of
+from tests.project import ROOT, Project
 
 NOTEBOOKS = sorted((ROOT / "runbooks").glob("[0-9]*.ipynb"))
 
