@@ -72,9 +72,6 @@ class Application(_Strict):
     critical_paths: list[Line] = []
     probe_write_path: Line
     probe_write_form: dict[str, str] = {}
-    login_path: Line | None = None
-    login_form: dict[str, str] = {}
-    bypass_header: Word = "X-Maintenance-Bypass"
     bypass_token: SecretRef
     refusal_header: Word = "X-Maintenance"
 
@@ -148,7 +145,6 @@ class Deploy(_Strict):
     vault_password: SecretRef | None = None
     balancer: Url | None = None
     drain_timeout_s: Seconds = 30.0
-    health_timeout_s: Seconds = 60.0
     timeout_s: Seconds = 600.0
 
 
