@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: rehearse test check bench install clean
+.PHONY: rehearse test soak check bench install clean
 
 install: .venv/installed
 
@@ -22,6 +22,9 @@ rehearse: install
 test: install
 	sh rehearsal/install-debian.sh
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+soak: install
+	$(BIN)/python -m pytest -m soak
 
 check: install
 	$(BIN)/ruff check .

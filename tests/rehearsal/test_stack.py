@@ -20,7 +20,8 @@ import requests
 from rehearsal import people, postgres, supervisor
 
 PROJECT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(300)
+# The twin serves every release test of `make test`; its own lifecycle in all its corners takes minutes.
+pytestmark = [pytest.mark.timeout(300), pytest.mark.soak]
 
 
 def rehearsal(verb: str, folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
