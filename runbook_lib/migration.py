@@ -12,7 +12,7 @@ from typing import Any
 
 from runbook_lib.commands import migrations
 from runbook_lib.commands.migrations import Target
-from runbook_lib.errors import RunbookError, StepFailedError
+from runbook_lib.errors import RunbookError, StepFailedError, StepInDoubtError
 from runbook_lib.model import Completed
 from runbook_lib.run import Run
 
@@ -73,7 +73,8 @@ def undo(run: Run, version: str) -> Completed:
     tree = run.tree(run.release.commit)
     newest = applied_versions(run, database)[-1]
     path = migrations.versions_in(tree, m.directory).get(version)
-    if newest != version or path is None:
+    # dbmate undoes the newest row and nothing else; rails undoes the version that it is told.
+    if path is None or (m.tool == "dbmate" and newest != version):
         raise StepFailedError(
             f"the newest migration in {database} is {newest}, not this release's {version}",
             remedy="somebody else migrated since: let a DBA decide",
@@ -113,10 +114,32 @@ def long_transactions(run: Run) -> list[dict[str, Any]]:
     ) as session:
         rows = session.execute(
             "SELECT pid, usename, application_name, extract(epoch FROM now() - xact_start)::float8 FROM pg_stat_activity "
-            "WHERE datname = %s AND xact_start < now() - make_interval(secs => %s)",
+            # Autovacuum gives way to whoever needs its lock.
+            "WHERE datname = %s AND backend_type = 'client backend' AND xact_start < now() - make_interval(secs => %s)",
             (d.production, d.long_transaction_s),
         ).fetchall()
     return [{"pid": p, "role": r, "application": a, "age_s": round(age, 1)} for p, r, a, age in rows]
+
+
+def refuse_while_migrating(run: Run) -> None:
+    """See that nothing is at work as the migration role: a killed client's statement goes on in the server.
+
+    Raises:
+        StepInDoubtError: a session still is.
+    """
+    d = run.params.database
+    with run.services.database.connect(
+        d.admin_role, d.maintenance, application=f"runbook {run.run_id}: probe"
+    ) as session:
+        rows = session.execute(
+            "SELECT pid FROM pg_stat_activity WHERE usename = %s AND datname = %s AND state <> 'idle'",
+            (d.migrate_role, d.production),
+        ).fetchall()
+    if rows:
+        raise StepInDoubtError(
+            f"a session of the migration role is still at work in the database (pid {rows[0][0]})",
+            remedy="wait for it",
+        )
 
 
 @contextmanager

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from pathlib import Path
 
 from runbook_lib.commands.smoke import smoke_tests
 from runbook_lib.errors import StepFailedError
 from runbook_lib.model import StepResult
 from runbook_lib.run import Run
+
+# Where pytest looks for its settings, and what makes a file that others use too one of them.
+_SETTINGS = {
+    "pytest.toml": "",
+    ".pytest.toml": "",
+    "pytest.ini": "",
+    ".pytest.ini": "",
+    "pyproject.toml": "[tool.pytest",
+    "tox.ini": "[pytest]",
+    "setup.cfg": "[tool:pytest]",
+}
+
+
+def has_settings(tree: Path) -> bool:
+    """True when a release brings its own settings for pytest."""
+    return any((tree / name).is_file() and mark in (tree / name).read_text() for name, mark in _SETTINGS.items())
 
 
 def run_smoke(run: Run, commit: str, *, bypass: bool, name: str) -> StepResult:
@@ -25,7 +42,11 @@ def run_smoke(run: Run, commit: str, *, bypass: bool, name: str) -> StepResult:
     report = run.artifact_path(f"smoke/{name}.xml")
     report.unlink(missing_ok=True)
     command = smoke_tests(
-        tree, base_url=run.params.application.url, report=report, timeout_s=run.params.smoke_timeout_s
+        tree,
+        base_url=run.params.application.url,
+        report=report,
+        timeout_s=run.params.smoke_timeout_s,
+        settings=has_settings(tree),
     )
     if bypass:
         token = run.secrets.resolve(run.params.application.bypass_token)

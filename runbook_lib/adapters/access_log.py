@@ -16,6 +16,8 @@ from runbook_lib.errors import UnavailableError
 from runbook_lib.watch import Sample
 
 _BLOCK_BYTES = 1 << 20
+# A line is written when its request ends and carries when it began: lines are out of order by as much as one lasts.
+_LONGEST_REQUEST_S = 120.0
 
 
 def read_lines(path: Path, since_s: float) -> list[dict[str, Any]]:
@@ -33,8 +35,8 @@ def read_lines(path: Path, since_s: float) -> list[dict[str, Any]]:
                 tail = file.read(end - start) + tail
                 end = start
                 first = tail.find(b"\n") + 1 if end else 0
-                line = tail[first : tail.find(b"\n", first) + 1]
-                if line and json.loads(line)["time"] < since_s:
+                oldest = _whole(tail[first : tail.find(b"\n", first) + 1])
+                if oldest is not None and oldest["time"] < since_s - _LONGEST_REQUEST_S:
                     break
     except OSError as error:
         raise UnavailableError(
@@ -44,13 +46,22 @@ def read_lines(path: Path, since_s: float) -> list[dict[str, Any]]:
     for raw in tail.splitlines(keepends=True):
         if not raw.endswith(b"\n"):
             continue  # still being written
-        try:
-            line = json.loads(raw)
-        except ValueError:
-            continue  # the cut first line of a block
-        if isinstance(line, dict) and line.get("time", 0) >= since_s:
+        line = _whole(raw)
+        if line is not None and line["time"] >= since_s:
             found.append(line)
     return found
+
+
+def _whole(raw: bytes) -> dict[str, Any] | None:
+    """One line of the log; None when it is torn, as the first of a block or the last before a crash is."""
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return None
+    if not isinstance(line, dict):
+        return None
+    numbers = (line.get("time"), line.get("status"), line.get("duration_s"))
+    return line if all(isinstance(number, int | float) for number in numbers) else None
 
 
 def samples(lines: list[dict[str, Any]], start_s: float, end_s: float, interval_s: float, window: str) -> list[Sample]:

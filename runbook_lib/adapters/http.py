@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.parse
@@ -47,11 +48,13 @@ def request(
     data = urllib.parse.urlencode(form).encode() if form is not None else None
     sent = urllib.request.Request(url, data=data, headers=dict(headers or {}), method=method)  # noqa: S310
     try:
-        with urllib.request.build_opener(_NoRedirects).open(sent, timeout=timeout_s) as answer:
+        try:
+            answer = urllib.request.build_opener(_NoRedirects).open(sent, timeout=timeout_s)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
             return Answer(answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read())
-    except urllib.error.HTTPError as error:
-        return Answer(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UnavailableError(f"{method} {url}: {error}", remedy="see whether the service runs") from error
 
 

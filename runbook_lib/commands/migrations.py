@@ -24,7 +24,15 @@ class Target:
     @property
     def url(self) -> str:
         """Without a password: the client takes it from the password file."""
-        return f"postgres://{self.role}@{self.host}:{self.port}/{self.database}?sslmode=disable&lock_timeout={round(self.lock_timeout_s * 1000)}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        # Only this machine is spoken to in the clear; elsewhere PGSSLMODE or the client's own default decides.
+        clear = "?sslmode=disable" if self.host in ("127.0.0.1", "::1", "localhost") else ""
+        return f"postgresql://{self.role}@{host}:{self.port}/{self.database}{clear}"
+
+    @property
+    def lock_timeout_ms(self) -> int:
+        """How long a statement may wait for a lock, in milliseconds; never 0, which would mean for ever."""
+        return max(1, round(self.lock_timeout_s * 1000))
 
     @property
     def env(self) -> dict[str, str]:
@@ -82,11 +90,27 @@ def reversible(path: Path) -> bool:
     return bool(found) and any(line.strip() and not line.strip().startswith("--") for line in after.splitlines()[1:])
 
 
+def transactional(path: Path) -> bool:
+    """True when a migration and its row in schema_migrations are one transaction: both are there or neither."""
+    text = path.read_text()
+    if path.suffix == ".rb":
+        return "disable_ddl_transaction!" not in text
+    head = re.search(r"^-- migrate:up\b(.*)$", text, re.MULTILINE)
+    return head is None or re.search(r"\btransaction:\s*false\b", head[1]) is None
+
+
 def _dbmate(executable: str, target: Target, folder: Path, timeout_s: float, verb: str) -> Command:
-    argv = (executable, "--no-dump-schema", "--migrations-dir", str(folder), "--url", target.url, verb)
+    url = f"{target.url}{'&' if '?' in target.url else '?'}lock_timeout={target.lock_timeout_ms}"
+    argv = (executable, "--no-dump-schema", "--migrations-dir", str(folder), "--url", url, verb)
     return Command(argv, timeout_s=timeout_s, env=target.env)
 
 
 def _rails(executable: str, target: Target, tree: Path, timeout_s: float, task: str) -> Command:
-    env = {**target.env, "DATABASE_URL": target.url.replace("postgres://", "postgresql://"), "RAILS_ENV": "production"}
+    env = {
+        **target.env,
+        "DATABASE_URL": target.url,
+        "RAILS_ENV": "production",
+        # In the URL Rails would drop it without a word: it knows only libpq's own names there.
+        "PGOPTIONS": f"-c lock_timeout={target.lock_timeout_ms}",
+    }
     return Command((executable, task), timeout_s=timeout_s, env=env, cwd=tree)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from runbook_lib import maintenance, telemetry
+from runbook_lib import maintenance, outward, telemetry
 from runbook_lib.errors import StepFailedError
 from runbook_lib.model import Recovery, StepResult
 from runbook_lib.run import Run
@@ -66,8 +66,7 @@ def announce_start(run: Run) -> StepResult:
         f"Deploying {run.release.version} to {run.release.environment} — starting now. "
         f"Expect about {minutes} min read-only period."
     )
-    address = run.services.chat.post(channel, text, key=run.key("announce_start"))
-    return StepResult(facts={"channel": channel, "message": text, "address": address})
+    return StepResult(facts=outward.post(run, channel, text, what="announce_start"))
 
 
 @announce_start.probe

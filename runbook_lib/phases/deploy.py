@@ -70,6 +70,8 @@ def found_on(run: Run, host: str, commit: str) -> StepResult | None:
     params, balancer = run.params.all_hosts[host], run.services.balancer
     if params.url is None or serving(run, host) != commit:
         return None
+    if http.request("GET", params.url + run.params.application.health_path).status != 200:
+        return None  # no user is sent to it before it is healthy
     if (
         balancer is not None
         and params.balanced

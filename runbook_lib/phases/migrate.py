@@ -94,6 +94,13 @@ def compare_pending(run: Run) -> StepResult:
         raise StepFailedError(
             f"production has migrations that this release does not know: {unknown}", remedy="let a DBA look first"
         )
+    # dbmate undoes the newest row only: what would land under an older one could not be taken back.
+    under = [v for v in pending if production and v < production[-1]]
+    if under and run.params.migrations.tool == "dbmate":
+        raise StepFailedError(
+            f"{under} are older than production's newest migration {production[-1]}: dbmate could not undo them",
+            remedy="give them a newer version, then make a new candidate",
+        )
     not_rehearsed = [v for v in pending if v not in staging]
     if not_rehearsed:
         raise StepFailedError(f"{not_rehearsed} were not rehearsed on staging", remedy="rehearse them first")
@@ -164,18 +171,18 @@ def _migrated(run: Run) -> StepResult | None:
 
 @migrate_production.probe
 def _already_migrated(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    """Each migration and its row in schema_migrations are one transaction: the rows tell."""
-    d = run.params.database
-    with run.services.database.connect(
-        d.admin_role, d.maintenance, application=f"runbook {run.run_id}: probe"
-    ) as session:
-        alive = session.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE usename = %s AND datname = %s AND state <> 'idle'",
-            (d.migrate_role, d.production),
-        ).fetchone()
-    if alive is not None and alive[0]:
-        raise StepInDoubtError("a session of the migration role is still at work in the database", remedy="wait for it")
-    return _migrated(run)
+    """Each migration and its row in schema_migrations are one transaction: the rows tell, where that is so."""
+    migration.refuse_while_migrating(run)
+    found = _migrated(run)
+    # The command's lock file stands from before its fork on: without one nothing was started.
+    if found is None and any((run.folder / intent["children"]).glob("migrate.*")):
+        files = migrations.versions_in(run.tree(run.release.commit), run.params.migrations.directory)
+        first = migration.pending_versions(run, run.params.database.production)[0]
+        if not migrations.transactional(files[first]):
+            raise StepInDoubtError(
+                f"{files[first].name} runs outside a transaction and may be half done", remedy="let a DBA look"
+            )
+    return found
 
 
 @migrate_production.plan

@@ -6,18 +6,21 @@ Without a request (`runbook rollback RUN`, or a failed gate where the params say
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import wraps
 
-from runbook_lib import maintenance, migration
-from runbook_lib.adapters import http
-from runbook_lib.errors import StepFailedError
+from runbook_lib import maintenance, migration, outward
+from runbook_lib.adapters import http, processes
+from runbook_lib.errors import PausedError, StepFailedError, StepInDoubtError
 from runbook_lib.model import Recovery, Status, StepResult
 from runbook_lib.phases import deploy
 from runbook_lib.run import Run
 from runbook_lib.smoke import run_smoke
 from runbook_lib.step import Step, step
 
+_ORPHAN_S = 5.0  # a kernel whose executor was killed ends itself within a second
+_LEFT_OVER_S = 1800.0  # the longest that a command of a killed executor is waited for
 _NOT_ASKED = {"nothing was done": "no rollback is requested: runbook rollback RUN asks for it"}
 
 
@@ -42,13 +45,52 @@ def _undo(title: str, **options: object) -> Callable[[Callable[..., StepResult]]
 
 
 def touched(run: Run, key: str) -> bool:
-    """True when a step was ever started and not settled as not applied: its effect may be there."""
-    return run.state.step(key).status is not Status.PENDING
+    """True when a step was ever started: its effect may be there, all of it or a part.
+
+    Also when it was put back to be done again, since that says nothing of what the first attempt left.
+    """
+    return run.state.step(key).attempt > 0
 
 
 def touched_hosts(run: Run) -> list[str]:
     """Hosts whose deployment was started, last one first."""
     return [host for host in reversed(tuple(run.params.all_hosts)) if touched(run, f"deploy.deploy_release@{host}")]
+
+
+def let_in(run: Run) -> bool:
+    """True when users may have been let in with this release."""
+    early = run.params.maintenance.lift == "before_watch" and touched(run, "verify.open_for_users")
+    return early or touched(run, "complete.lift_maintenance")
+
+
+def let_interrupted_end(run: Run) -> None:
+    """Wait for what a killed executor left running: what it still changes must be there to be seen and undone.
+
+    Raises:
+        PausedError: the executor itself is alive.
+        StepInDoubtError: a command or a migration goes on, or ran where it cannot be looked at.
+    """
+    for key, now in run.state.steps.items():
+        # Blocked: settling it gave up on something that was still at work then.
+        if now.status not in (Status.RUNNING, Status.BLOCKED) or now.intent["phase"] == "rollback":
+            continue
+        executor = now.intent["executor"]
+        if executor["pid"] != os.getpid() and not processes.gone_within(executor, _ORPHAN_S):
+            raise PausedError(
+                f"{key} is being run by process {executor['pid']} on {executor['host']} since {now.intent_time}",
+                remedy=f"end it, then runbook rollback {run.run_id}",
+            )
+        if executor["host"] != processes.me()["host"]:
+            why = f"it was started on {executor['host']}, which cannot be looked at from here"
+            if now.status is Status.RUNNING:  # only a blocked step can be settled by a person
+                run.ledger.append(run.run_id, "step_blocked", {"step": key, "attempt": now.attempt, "why": why})
+            raise StepInDoubtError(
+                f"{key} was started and never finished: {why}",
+                remedy=f"look there, then: runbook resolve {run.run_id} {key} --done | --not-done --as PERSON --key FILE",
+            )
+        processes.wait_for_children(run.folder / now.intent["children"], timeout_s=_LEFT_OVER_S)
+    if touched(run, "migrate.migrate_production"):
+        migration.refuse_while_migrating(run)
 
 
 def schema_difference(run: Run) -> list[str]:
@@ -62,7 +104,7 @@ def schema_difference(run: Run) -> list[str]:
 def what_changed(run: Run) -> list[str]:
     """Everything that the ledger says this run changed outside its own folder, newest first, with what undoes it."""
     found = []
-    if touched(run, "complete.lift_maintenance"):
+    if let_in(run):
         found.append("users were let in → read-only mode on again while going back")
     hosts = touched_hosts(run)
     if hosts:
@@ -81,7 +123,11 @@ def what_changed(run: Run) -> list[str]:
 
 @step("Show the way back", recovery=Recovery.REPEAT, owner="Lead", expected_s=0.2)
 def _show(run: Run) -> StepResult:
-    """List what this run changed and what undoes it, read from the ledger and from the targets; changes nothing."""
+    """List what this run changed and what undoes it, read from the ledger and from the targets; changes nothing.
+
+    What a killed executor left running is waited for first.
+    """
+    let_interrupted_end(run)
     return _way_back(run)
 
 
@@ -114,14 +160,21 @@ def announce_rollback(run: Run) -> StepResult:
     """
     release, reason = run.release, (run.state.rollback or {}).get("reason", "")
     text = f"Rolling {release.environment} back from {release.version} to {release.previous_version}: {reason}"
-    address = run.services.chat.post(run.params.messages.deployments, text[:3000], key=run.key("announce_rollback"))
-    return StepResult(facts={"message": text, "address": address})
+    return StepResult(facts=outward.post(run, run.params.messages.deployments, text[:3000], what="announce_rollback"))
 
 
 @announce_rollback.probe
 def _rollback_announced(run: Run, intent: object) -> StepResult | None:
-    address = run.services.chat.find(run.key("announce_rollback"))
+    address = _said(run, "announce_rollback")
     return None if address is None else StepResult(facts={"address": address})
+
+
+def _said(run: Run, what: str) -> str | None:
+    """The address of a message; None when it is not there or nobody answers: posting it again says nothing twice."""
+    try:
+        return run.services.chat.find(run.key(what))
+    except StepFailedError:
+        return None
 
 
 @_undo("Refuse writes while going back", recovery=Recovery.REPEAT, owner="Ops", expected_s=4.0)
@@ -130,10 +183,7 @@ def close_for_users(run: Run) -> StepResult:
 
     It sets a state: a second run changes nothing.
     """
-    let_in = touched(run, "complete.lift_maintenance") or (
-        run.params.maintenance.lift == "before_watch" and touched(run, "verify.open_for_users")
-    )
-    if not let_in or not (touched_hosts(run) or schema_difference(run)):
+    if not let_in(run) or not (touched_hosts(run) or schema_difference(run)):
         return StepResult(facts={"read-only mode": "as it is"})
     maintenance.turn_on(run)
     return StepResult(facts=maintenance.prove_read_only(run))
@@ -161,6 +211,11 @@ def restore_schema(run: Run) -> StepResult:
     run goes on where the first stopped. A dump is never restored from here.
     """
     before = run.state.fact("migrate.record_schema", "versions")
+    if before is None and touched(run, "migrate.migrate_production"):
+        raise StepFailedError(
+            "the ledger does not say which migrations production had before this release",
+            remedy="a DBA compares schema_migrations with the previous release and undoes what is too much",
+        )
     undone = []
     for version in schema_difference(run):
         migration.undo(run, version)
@@ -172,7 +227,7 @@ def restore_schema(run: Run) -> StepResult:
                 f"the schema is {now}, it was {before}", remedy="let a DBA look; nothing else was touched"
             )
     return StepResult(
-        facts={"undone now, newest first": undone, "schema": "as before" if before else "was not touched"}
+        facts={"undone now, newest first": undone, "schema": "was not touched" if before is None else "as before"}
     )
 
 
@@ -202,11 +257,22 @@ def prove_previous(run: Run) -> StepResult:
         raise StepFailedError(
             f"not everything serves {commit[:12]} again: {wrong}", remedy="deploy those hosts by hand"
         )
+    before = run.state.fact("migrate.record_schema", "versions")
+    now = migration.applied_versions(run, run.params.database.production)
+    if before is not None and now != before:
+        raise StepFailedError(f"the schema is {now}, it was {before}", remedy="let a DBA look at who migrated since")
     if maintenance.is_fenced(run):
         raise StepFailedError(
             "the write fence is still in the database", remedy="ALTER ROLE … RESET default_transaction_read_only"
         )
-    return StepResult(facts={"commit": commit, "served by": list(said), **maintenance.prove_open(run)})
+    return StepResult(
+        facts={
+            "commit": commit,
+            "served by": list(said),
+            "schema": now[-1] if now else "empty",
+            **maintenance.prove_open(run),
+        }
+    )
 
 
 @_undo("Run the previous release's smoke tests", recovery=Recovery.REPEAT, owner="QA", expected_s=3.0)
@@ -233,13 +299,15 @@ def incident_note(run: Run) -> StepResult:
     """
     note = _note(run)
     artifact = run.keep("rollback/incident.md", note)
-    address = run.services.chat.post(run.params.messages.incidents, note, key=run.key("incident"))
-    return StepResult(facts={"channel": run.params.messages.incidents, "address": address}, artifacts=(artifact,))
+    facts = outward.post(run, run.params.messages.incidents, note, what="incident")
+    if outward.UNDELIVERED not in facts:
+        del facts["message"]  # the artifact has it; only what is still to be said keeps its words
+    return StepResult(facts=facts, artifacts=(artifact,))
 
 
 @incident_note.probe
 def _noted(run: Run, intent: object) -> StepResult | None:
-    address = run.services.chat.find(run.key("incident"))
+    address = _said(run, "incident")
     if address is None:
         return None
     return StepResult(facts={"address": address}, artifacts=(run.describe(run.artifact_path("rollback/incident.md")),))

@@ -100,7 +100,7 @@ def watch_telemetry(run: Run) -> StepResult:
     again in full. Red closes gate 3; inconclusive extends the watch and then asks a person.
     """
     settings = run.params.watch
-    began = _epoch_s(run.state.step("begin.enable_maintenance").intent_time)
+    began = _epoch_s(_first_started(run, "begin.enable_maintenance"))
     baseline = telemetry.collect(run, began - settings.baseline_s, began, "baseline")
     names = telemetry.metrics(run)
     config = watch.config_from_mapping(
@@ -163,6 +163,11 @@ def _sit_through(duration_s: float, extended: int) -> None:
     print("watched", flush=True)
 
 
+def _first_started(run: Run, key: str) -> str:
+    """When a step was first begun: a later attempt's time would count what the first one did as before it."""
+    return next(e.time for e in run.ledger.events(run.run_id) if e.kind == "step_intent" and e.data["step"] == key)
+
+
 def _epoch_s(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 
@@ -173,7 +178,7 @@ def scan_logs(run: Run) -> StepResult:
 
     It worked when nothing new is said; what is new goes to gate 3 with its counts. Looking changes nothing.
     """
-    since = run.state.step("deploy.lift_write_fence").intent_time
+    since = _first_started(run, "deploy.lift_write_fence")
     before: Counter[str] = Counter()
     after: Counter[str] = Counter()
     unread = []
