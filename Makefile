@@ -21,10 +21,11 @@ rehearse: install
 
 test: install
 	sh rehearsal/install-debian.sh
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: install
 	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=soak
 
 check: install
 	$(BIN)/ruff check .

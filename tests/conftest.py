@@ -6,8 +6,15 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
+import yaml
+from hypothesis import settings
 
 from tests.project import ROOT, Project
+
+# `make soak` draws many more: pytest's --hypothesis-profile takes the other one.
+settings.register_profile("quick", max_examples=60, deadline=None)
+settings.register_profile("soak", max_examples=5000, deadline=None)
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +22,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     root = tmp_path_factory.mktemp("project")
     for folder in ("params", "runbooks"):
         shutil.copytree(ROOT / folder, root / folder)
+    # A shorter watch than the twin's own, which `make rehearse` walks: it has to be told from silence only.
+    path = root / "params" / "rehearsal.yml"
+    params = yaml.safe_load(path.read_text())
+    params["watch"] |= {"duration_s": 12, "baseline_s": 16}
+    path.write_text(yaml.safe_dump(params))
     made = Project(root)
     done = made.runbook("stack", "up", "--json")
     assert done.returncode == 0, done.stderr

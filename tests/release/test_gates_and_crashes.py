@@ -116,7 +116,7 @@ def test_a_time_out_at_a_gate_approves_nothing_and_undoes_nothing(project: Proje
 
 
 def test_a_killed_dump_is_found_again_and_the_run_stops_at_gate_1(project: Project, tools: Tools) -> None:
-    kill_when(project, tools, "pg_dump", "--format=custom", "run", "rehearsal", "--set", "watch.duration_s=20")
+    kill_when(project, tools, "pg_dump", "--format=custom", "run", "rehearsal")
     run_id = project.runs()[-1].name
 
     done = project.runbook("resume", run_id, "--json")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from runbook_lib.errors import UsageError
@@ -329,14 +329,12 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(Params.model_fields)) | st.text(max_size=10), values, max_size=8))
 def test_no_mapping_raises_anything_but_a_usage_error(data: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         check(data, where="some.yml")
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(sorted(EXAMPLE)), st.data())
 def test_no_value_in_a_good_file_raises_anything_but_a_usage_error(key: str, draw: st.DataObject) -> None:
     data = copy.deepcopy(EXAMPLE)
@@ -350,7 +348,6 @@ def test_no_value_in_a_good_file_raises_anything_but_a_usage_error(key: str, dra
         assert "\n" not in str(error)
 
 
-@settings(max_examples=200, deadline=None)
 @given(text=st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
 def test_no_file_raises_anything_but_a_usage_error(text: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yml"
@@ -359,7 +356,6 @@ def test_no_file_raises_anything_but_a_usage_error(text: bytes, tmp_path_factory
         load(path)
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.text(max_size=40))
 def test_a_version_passes_unchanged_or_is_refused(text: str) -> None:
     try:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from runbook_lib.watch import Sample, WatchConfig, config_from_mapping, judge, read_series
@@ -535,7 +535,6 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None)
 @given(ANYTHING, CONFIGS)
 def test_any_readable_series_gives_json(samples: list[Sample], config: WatchConfig) -> None:
     lines = [f"{s.time_s!r},{s.metric},{s.value!r},{s.window},{s.instance or ''}" for s in samples]
@@ -561,7 +560,6 @@ SCALES = st.sampled_from([(P95, 1.0), (REQUESTS, 100.0), (ERRORS, 1.0), (ERRORS,
 SOME_LIMIT = st.sampled_from([None, 0.28])
 
 
-@settings(max_examples=150, deadline=None)
 @given(SCALES, LEVELS, WORSE, SOME_LIMIT)
 def test_worse_values_never_turn_red_to_green(
     kind: tuple[str, float], levels: list[float], worse: list[float], limit: float | None
@@ -579,7 +577,6 @@ def test_worse_values_never_turn_red_to_green(
         assert verdict(later, config) != "green"
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.sampled_from([(P95, 1.0), (REQUESTS, 100.0), (QUEUE, 50.0)]), LEVELS, PLACES, SOME_LIMIT)
 def test_losing_points_never_turns_doubt_into_green(
     kind: tuple[str, float], levels: list[float], places: set[int], limit: float | None
@@ -600,7 +597,6 @@ def test_losing_points_never_turns_doubt_into_green(
             assert verdict({**watch, metric: current(watch[metric], lose)}, config) != "green"
 
 
-@settings(max_examples=150, deadline=None)
 @given(LEVELS, PLACES, st.sampled_from([0.3, 1.0, 10.0]))
 def test_losing_points_never_turns_red_errors_green(levels: list[float], places: set[int], scale: float) -> None:
     watch = stepped(ERRORS, levels, scale)
