@@ -7,13 +7,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 install: .venv/installed
 
-# The environment is compiled once: without it each kernel spends seconds on its imports.
+# Compiled once: without it each kernel spends seconds on its imports.
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
-	$(BIN)/python -m compileall -q -j 0 .venv/lib || true
+	$(BIN)/python -m compileall -q -j 0 .venv/lib runbook_lib rehearsal || true
 	touch $@
 
 rehearse: install
@@ -21,7 +21,7 @@ rehearse: install
 
 test: install
 	sh rehearsal/install-debian.sh
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 soak: install
 	$(BIN)/python -m pytest -m soak

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime, timedelta
 from multiprocessing import get_context
@@ -197,19 +196,15 @@ def _row(folder: Path, number: int, moment: float) -> str:
     return tracker.record({"process": str(number)}, key=KEY)
 
 
-def _together(effect: Callable[[Path, int, float], str], folder: Path) -> set[str]:
+def test_four_processes_at_once_say_it_once(tmp_path: Path) -> None:
+    effects = {"chat": _post, "tickets": _ticket, "tracker": _row}
     with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
         for each in [pool.submit(time.sleep, 0.2) for _ in range(4)]:
             each.result()  # all four are up before they race
-        moment = time.time() + 0.2
-        racing: list[Any] = [pool.submit(effect, folder, number, moment) for number in range(4)]
-        return {each.result() for each in racing}
-
-
-def test_four_processes_at_once_say_it_once(tmp_path: Path) -> None:
-    assert len(_together(_post, tmp_path / "chat")) == 1
-    assert len(_together(_ticket, tmp_path / "tickets")) == 1
-    assert len(_together(_row, tmp_path / "tracker")) == 1
+        for name, effect in effects.items():
+            moment = time.time() + 0.2
+            racing: list[Any] = [pool.submit(effect, tmp_path / name, number, moment) for number in range(4)]
+            assert len({each.result() for each in racing}) == 1
 
     assert len(_visible(tmp_path / "chat")) == 1
     assert len(_visible(tmp_path / "tickets")) == 1
