@@ -21,7 +21,7 @@ rehearse: install
 
 test: install
 	sh rehearsal/install-debian.sh
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: install
 	$(BIN)/python -m pytest -m soak

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-import yaml
 from hypothesis import settings
 
 from tests.project import ROOT, Project
@@ -27,11 +26,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     root = tmp_path_factory.mktemp("project")
     for folder in ("params", "runbooks"):
         shutil.copytree(ROOT / folder, root / folder)
-    # A shorter watch than the twin's own, which `make rehearse` walks: it has to be told from silence only.
-    path = root / "params" / "rehearsal.yml"
-    params = yaml.safe_load(path.read_text())
-    params["watch"] |= {"duration_s": 20, "baseline_s": 20}
-    path.write_text(yaml.safe_dump(params))
     made = Project(root)
     done = made.runbook("stack", "up", "--json")
     assert done.returncode == 0, done.stderr
