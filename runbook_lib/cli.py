@@ -260,24 +260,28 @@ def _stack_facts(facts: dict[str, Any], *, json: bool) -> None:
 def rehearse(
     version: Version = "",
     fault: Annotated[str, typer.Option(help=f"Rehearse a fault: {', '.join(_FAULTS)}.")] = "",
-    watch: Annotated[float, typer.Option(help="Length of the watch in seconds.")] = 20.0,
+    watch: Annotated[float, typer.Option(help="Length of the watch in seconds.", min=5, max=86400)] = 20.0,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the stack up afterwards.")] = False,
     json: Json = False,
 ) -> None:
     """Bring the twin up, run a whole release on it headless, say where the record lies, take the twin down."""
     from runbook_lib import executor, wiring
     from runbook_lib.executor import Outcome
+    from runbook_lib.params import version_text
     from runbook_lib.plan import plan_of
 
     if fault and fault not in _FAULTS:
         raise UsageError(f"there is no fault {fault!r}", remedy=f"use one of {', '.join(_FAULTS)}")
     wanted_version, wanted_state = _FAULTS.get(fault, (version or "next", "completed"))
+    if wanted_version not in wiring.ALIASES:
+        version_text(wanted_version)
     was_up = _stack("status").get("up", False)
     if not was_up:
         _say("bringing the rehearsal stack up …")
         _stack("up")
     try:
-        settings = {"watch.duration_s": str(float(watch)), "watch.interval_s": "1.0"}
+        # The judge wants twenty samples at least.
+        settings = {"watch.duration_s": str(watch), "watch.interval_s": str(min(1.0, watch / 20))}
         draft = wiring.preview("rehearsal", wanted_version, settings=settings)
         wiring.refuse_second(draft)
         run = wiring.create(draft, plan=plan_of(draft), people_sign=True)
@@ -301,7 +305,7 @@ def rehearse(
             print(f"verify runbook verify {run.folder} --trust {run.trust}")
     finally:
         if not was_up and not keep:
-            _stack("down")
+            stack_down()
     raise typer.Exit(outcome.exit_code)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
-from runbook_lib import wiring
+from runbook_lib import preflight, wiring
 from runbook_lib.adapters import http
 from runbook_lib.errors import RunbookError
 from runbook_lib.model import Command
@@ -22,14 +22,11 @@ def examine(params: Params) -> list[dict[str, Any]]:
     def check(name: str, look: Callable[[], str]) -> None:
         try:
             found.append({"name": name, "ok": True, "why": look()})
-        except (RunbookError, OSError, KeyError, ValueError) as error:
+        except (RunbookError, OSError, KeyError, ValueError, subprocess.SubprocessError) as error:
             found.append({"name": name, "ok": False, "why": str(error)})
 
-    tools = ["git", "ssh-keygen", "tar", "ansible-playbook", "pg_dump", "pg_restore", params.migrations.executable]
-    if any(host.address.startswith("ssh:") for host in params.all_hosts.values()):
-        tools.append("ssh")
-    for tool in tools:
-        check(f"tool {os.path.basename(tool)}", lambda tool=tool: _tool(tool))  # type: ignore[misc]  # noqa: PTH119
+    for tool in preflight.tools_of(params):
+        check(f"tool {os.path.basename(tool)}", lambda tool=tool: preflight.find_tool(tool))  # type: ignore[misc]  # noqa: PTH119
     for name, host in params.all_hosts.items():
         command = services.hosts[name].command(Command(("true",), timeout_s=20.0))
         check(f"host {name}", lambda c=command: _answers(c))  # type: ignore[misc]
@@ -54,16 +51,7 @@ def examine(params: Params) -> list[dict[str, Any]]:
     return found
 
 
-def _tool(name: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        raise OSError(f"{name} is not installed on this machine: install it, or put its folder on PATH")
-    return path
-
-
 def _answers(command: Command) -> str:
-    import subprocess
-
     done = subprocess.run(  # noqa: S603
         command.argv,
         cwd=command.cwd,

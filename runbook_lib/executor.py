@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,12 +103,17 @@ def go(run: Run, *, wait: bool = False, until: str | None = None) -> Outcome:
         wait: wait at gates (each until its own time-out) instead of pausing.
         until: the last phase to run; None means to the end.
     """
+    with _alone(run):
+        return _go(run, wait=wait, until=until)
+
+
+def _go(run: Run, *, wait: bool, until: str | None) -> Outcome:
     state = run.state
     if state.ended:
         close(run)
         return Outcome(0 if state.ended == "completed" else 1, f"the run has ended: {state.ended}", state.phase)
     if state.rollback is not None:
-        return roll_back(run, str(state.rollback["reason"]), cause=int(state.rollback["exit_code"]))
+        return _go_back(run, str(state.rollback["reason"]), cause=int(state.rollback["exit_code"]))
     _stale_gates(run)
     kernels = Kernels(run.root, {gate.WAIT_VARIABLE: "1"} if wait else {})
     try:
@@ -131,6 +139,14 @@ def roll_back(run: Run, reason: str, *, cause: int) -> Outcome:
         reason: for the incident note.
         cause: the exit code of what made it necessary (1 or 3): it stays the exit code of a clean rollback.
     """
+    with _alone(run):
+        return _go_back(run, reason, cause=cause)
+
+
+def _go_back(run: Run, reason: str, *, cause: int) -> Outcome:
+    if not run.state.locked:
+        # Only phase 0 was begun: the way back is as alone in its environment as the way forth would have been.
+        run.ledger.take_lock(run.run_id, run.release.environment)
     if run.state.rollback is None:
         run.ledger.append(run.run_id, "rollback_requested", {"reason": reason, "exit_code": cause})
     kernels = Kernels(run.root, {})
@@ -148,6 +164,11 @@ def review(run: Run) -> Outcome:
     """Phase 8 on an ended run: its notebook and artifacts go to review/, signed apart."""
     if not run.state.ended:
         return Outcome(75, f"run {run.run_id} has not ended: there is nothing to review yet", run.state.phase)
+    with _alone(run):
+        return _review(run)
+
+
+def _review(run: Run) -> Outcome:
     close(run)
     kernels = Kernels(run.root, {})
     try:
@@ -164,6 +185,30 @@ def review(run: Run) -> Outcome:
         trust=run.trust,
     )
     return Outcome(0, "the review is signed and stands beside the record", "review")
+
+
+@contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """One executor a run: a command that is typed twice is refused while the first one is at work.
+
+    Raises:
+        PausedError: naming the process that has the run.
+    """
+    path = run.scratch / "executor.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise PausedError(
+                f"run {run.run_id} is being taken on by process {file.read().strip() or 'unknown'} on this machine",
+                remedy=f"runbook status {run.run_id}; end that process first if it must not go on",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def end(run: Run, state: str, **why: Any) -> None:
@@ -293,7 +338,7 @@ def _why(run: Run, phase: str, state: RunState, said: Exception | None) -> Outco
         return Outcome(GateClosedError.exit_code, text, phase, at)
     if name in ("PausedError", "StepInDoubtError"):
         return Outcome(PausedError.exit_code, text, phase, at)
-    if name == "UsageError":
+    if name == "UsageError" and not any(s.status is Status.FAILED for s in state.steps.values()):
         return Outcome(2, text, phase)
     doubt = [k for k, s in state.steps.items() if s.status in (Status.RUNNING, Status.BLOCKED)]
     if name == "DeadKernelError" or (doubt and name in ("KeyboardInterrupt", "CellTimeoutError")):
@@ -317,5 +362,5 @@ def _stopped(run: Run, stop: Outcome) -> Outcome:
     failed = any(s.status is Status.FAILED for s in state.steps.values())
     rejected = bool(state.rejected_gate)
     if stop.exit_code in (1, 3) and (failed or rejected) and run.params.rollback.automatic:
-        return roll_back(run, stop.message.partition(". Next: ")[0], cause=stop.exit_code)
+        return _go_back(run, stop.message.partition(". Next: ")[0], cause=stop.exit_code)
     return stop

@@ -257,7 +257,7 @@ def _may_decide(run: Run, name: str, decision: str, person: str, comment: str) -
     if role is None:
         raise UsageError(
             f"refused: {person} holds {', '.join(who.roles) or 'no role'}; gate {name} needs {' or '.join(gate.roles)}",
-            remedy=f"ask one of {', '.join(show(run, name)['may_sign'])}",
+            remedy=_ask(run, name),
         )
     if decision == "approve" and person == state.opened["opened_by"]:
         raise UsageError(
@@ -269,6 +269,12 @@ def _may_decide(run: Run, name: str, decision: str, person: str, comment: str) -
         raise UsageError(
             f"refused: gate {name} was rejected in round {now.round}", remedy=f"runbook rollback {run.run_id}"
         )
+    red = show(run, name)["blockers"]
+    if decision == "approve" and red:
+        raise UsageError(
+            f"refused: {', '.join(red)} is red, and nobody can approve that away",
+            remedy=f"runbook gate reject {run.run_id} {name}, or runbook rollback {run.run_id}",
+        )
     if decision == "approve" and name == "release":
         # A refused or missing manual check cannot be approved away; what was not required is shown as not recorded.
         failed = [c for c, data in state.checks.items() if not data["passed"]]
@@ -277,6 +283,13 @@ def _may_decide(run: Run, name: str, decision: str, person: str, comment: str) -
                 f"refused: spot check {failed[0]} failed", remedy=f"runbook gate reject {run.run_id} release"
             )
     return role
+
+
+def _ask(run: Run, name: str) -> str:
+    able = show(run, name)["may_sign"]
+    if able:
+        return f"ask one of {', '.join(able)}"
+    return "nobody else may sign: abort this run, and let somebody without that role open the next"
 
 
 def decide(run: Run, name: str, data: bytes, signature: bytes) -> dict[str, Any]:

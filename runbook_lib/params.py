@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,7 +40,25 @@ def _address(value: str) -> str:
     raise ValueError("must be local:/FOLDER or ssh:[user@]host[:port]/FOLDER")
 
 
+def _moment(value: str) -> str:
+    try:
+        there = datetime.fromisoformat(value).tzinfo is not None
+    except ValueError:
+        there = False
+    if not there:
+        raise ValueError("must be an ISO 8601 time with its offset, such as 2026-03-01T20:00:00+00:00")
+    return value
+
+
 Address = Annotated[str, AfterValidator(_address)]
+Moment = Annotated[Line, AfterValidator(_moment)]
+# A folder, a URL, or git's own user@host:path; never what git would take for an option.
+Remote = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^(/|(https|ssh|file)://|([a-z_][a-z0-9_-]*@)?[A-Za-z0-9][A-Za-z0-9.-]*:)[^\s\x00-\x1f]*$"
+    ),
+]
 
 
 class _Strict(BaseModel):
@@ -77,7 +96,7 @@ class Application(_Strict):
 
 
 class Repository(_Strict):
-    url: Line
+    url: Remote
     branch: Word = "main"
     ci_notes_ref: Word = "ci"
     freeze: Literal["hook-file"] = "hook-file"
@@ -171,7 +190,7 @@ class Watch(_Strict):
 
 
 class Window(_Strict):
-    start: Line | None = None
+    start: Moment | None = None
     budget_s: Seconds = 600.0
     early_s: Annotated[float, Field(ge=0, le=86400)] = 900.0
 

@@ -207,11 +207,11 @@ def next_move(state: RunState, gate: str | None) -> str:
         return f"look at the target of {blocked[0]}, then: runbook resolve {run} {blocked[0]} --done | --not-done --as PERSON --key FILE --comment TEXT"
     if state.rejected_gate:
         return f"gate {state.rejected_gate} was rejected: runbook rollback {run}, or runbook abort {run} --reason TEXT"
-    if gate:
-        return f"runbook gate show {run} {gate}, then: runbook gate approve {run} {gate} --as PERSON --key FILE, then: runbook resume {run}"
     failed = [key for key, step in state.steps.items() if step.status is Status.FAILED]
     if failed and state.rollback is None:
         return f"{failed[0]} failed: runbook resume {run} tries again, runbook rollback {run} goes back"
+    if gate:
+        return f"runbook gate show {run} {gate}, then: runbook gate approve {run} {gate} --as PERSON --key FILE, then: runbook resume {run}"
     return f"runbook resume {run}"
 
 

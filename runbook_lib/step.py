@@ -32,6 +32,8 @@ Action = Callable[..., StepResult]
 Probe = Callable[..., StepResult | None]
 Shown = Callable[[Run], Sequence[Sequence[str]]]
 Items = Callable[[Run], Sequence[str]]
+Look = Callable[..., Mapping[str, Any]]
+Instead = Callable[[Run], StepResult | None]
 
 
 # A kernel whose executor was killed notices within a second and ends itself.
@@ -75,6 +77,8 @@ class Step:
     ready: Callable[[Run], bool] | None = None
     settle: Probe | None = None
     shows: Shown | None = None
+    look: Look | None = None
+    instead: Instead | None = None
     gate: str = ""
     __doc__: str = field(default="", repr=False)
 
@@ -85,6 +89,11 @@ class Step:
         there, None when it is not, and raises StepInDoubtError when that cannot be told.
         """
         self.settle = function
+        return function
+
+    def pre_state(self, function: Look) -> Look:
+        """Decorator: what the target is before the effect; written with the intent, and given to the probe."""
+        self.look = function
         return function
 
     def plan(self, function: Shown) -> Shown:
@@ -112,6 +121,9 @@ class Step:
             PausedError: a gate or a step in front of it is not green, or people must look first.
             StepFailedError: it ran and failed; recorded.
         """
+        shown = self.instead(run) if self.instead is not None else None
+        if shown is not None:
+            return replace(shown, title=shown.title or self.title)
         if self.each is None:
             return self._one(run, None)
         results = {item: self._one(run, item) for item in self.each(run)}
@@ -151,6 +163,10 @@ class Step:
 
     def _attempt(self, run: Run, item: str | None, key: str, number: int) -> StepResult:
         folder = run.writable / "logs" / key / str(number)
+        arguments = (run,) if item is None else (run, item)
+        if self.phase == "backup" and not run.state.locked:
+            # Phase 0 happens days before and blocks nobody; from phase 1 on the environment is this run's.
+            run.ledger.take_lock(run.run_id, run.release.environment)
         intent: dict[str, Any] = {
             "step": key,
             "phase": self.phase,
@@ -161,6 +177,7 @@ class Step:
             "target": item or run.release.environment,
             "executor": processes.me(),
             "children": folder.relative_to(run.folder).as_posix(),
+            "pre_state": dict(self.look(*arguments)) if self.look is not None else {},
         }
 
         def verified(state: RunState) -> None:
@@ -174,17 +191,13 @@ class Step:
             if self.guard is not None:
                 intent["gates"] = dict(self.guard(run, state, self))
 
-        if self.phase == "backup" and not run.state.locked:
-            # Phase 0 happens days before and blocks nobody; from phase 1 on the environment is this run's.
-            run.ledger.take_lock(run.run_id, run.release.environment)
         started = time.monotonic()
         run.ledger.append(run.run_id, "step_intent", intent, guard=verified)
-        arguments = (run,) if item is None else (run, item)
         with _attempting(Attempt(key, number, folder)):
             try:
                 result = self.action(*arguments)
             except PausedError:
-                run.ledger.append(run.run_id, "step_reset", {"step": key, "attempt": number, "why": "paused"})
+                self._write(run, "step_reset", {"step": key, "attempt": number, "why": "paused"})
                 raise
             except RunbookError as error:
                 self._failed(run, key, number, started, str(error), error)
@@ -210,7 +223,7 @@ class Step:
             "duration_s": round(duration_s, 3),
             "settled_by": settled_by,
         }
-        run.ledger.append(run.run_id, "step_outcome", data)
+        self._write(run, "step_outcome", data)
         return result
 
     def _failed(self, run: Run, key: str, number: int, started: float, said: str, error: Exception) -> None:
@@ -224,7 +237,20 @@ class Step:
             "error": run.secrets.redacted(said)[:4000],
             "duration_s": round(time.monotonic() - started, 3),
         }
-        run.ledger.append(run.run_id, "step_outcome", data)
+        self._write(run, "step_outcome", data)
+
+    def _write(self, run: Run, kind: str, data: Mapping[str, Any]) -> None:
+        """Append what becomes of an attempt, unless another executor was first: a green step is never reset."""
+
+        def still_running(state: RunState) -> None:
+            now = state.step(data["step"])
+            if now.status is not Status.RUNNING or now.attempt != data["attempt"]:
+                raise PausedError(
+                    f"{data['step']} was settled by another executor: {now.status.value}",
+                    remedy=f"runbook status {run.run_id}",
+                )
+
+        run.ledger.append(run.run_id, kind, data, guard=still_running)
 
     def _recover(self, run: Run, item: str | None, key: str, known: StepState) -> StepResult | None:
         """Settle an intent without outcome: nothing old may still run, then the probe says."""
@@ -241,7 +267,7 @@ class Step:
         folder = run.folder / known.intent["children"]
         processes.wait_for_children(folder, timeout_s=self.timeout_s)
         if self.recovery is Recovery.REPEAT:
-            run.ledger.append(run.run_id, "step_reset", {"step": key, "attempt": known.attempt, "why": "repeatable"})
+            self._write(run, "step_reset", {"step": key, "attempt": known.attempt, "why": "repeatable"})
             return None
         if self.recovery is Recovery.ASK or self.settle is None:
             raise self._block(run, key, known, "only a person can tell whether it happened")
@@ -252,12 +278,12 @@ class Step:
             except StepInDoubtError as error:
                 raise self._block(run, key, known, error.message) from error
         if found is None:
-            run.ledger.append(run.run_id, "step_reset", {"step": key, "attempt": known.attempt, "why": "not applied"})
+            self._write(run, "step_reset", {"step": key, "attempt": known.attempt, "why": "not applied"})
             return None
         return self._green(run, key, known.attempt, found, 0.0, settled_by="probe")
 
     def _block(self, run: Run, key: str, known: StepState, why: str) -> StepInDoubtError:
-        run.ledger.append(run.run_id, "step_blocked", {"step": key, "attempt": known.attempt, "why": why})
+        self._write(run, "step_blocked", {"step": key, "attempt": known.attempt, "why": why})
         return _blocked(run, key, why)
 
 
@@ -286,6 +312,7 @@ def step(
     expected_s: float = 1.0,
     way_back: str = "nothing to undo",
     each: Items | None = None,
+    instead: Instead | None = None,
 ) -> Callable[[Action], Step]:
     """Make a function of the playbook a step.
 
@@ -297,6 +324,7 @@ def step(
         expected_s: for the plan, in seconds.
         way_back: how it is undone, for the plan.
         each: the items (hosts) that it is done for one after the other, each a step of its own in the ledger.
+        instead: what is shown while the step must not act, leaving no trace; None lets it act.
     """
 
     def made(action: Action) -> Step:
@@ -310,6 +338,7 @@ def step(
             expected_s=expected_s,
             way_back=way_back,
             each=each,
+            instead=instead,
             __doc__=action.__doc__ or "",
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from runbook_lib.adapters import access_log
 from runbook_lib.run import Run
 from runbook_lib.watch import Sample
+from runbook_lib.watch_config import WatchConfig, config_from_mapping
 
 UNITS = {
     "p95_latency_s": "seconds",
@@ -22,6 +23,24 @@ def metrics(run: Run) -> tuple[str, ...]:
     """The metrics that this environment can measure."""
     names = ("p95_latency_s", "requests_per_s", "errors_5xx_per_s")
     return (*names, "queue_depth_jobs") if run.params.watch.queue_depth_sql else names
+
+
+def watch_config(run: Run) -> WatchConfig:
+    """What the watch expects and what counts as worse, as the params say.
+
+    Raises:
+        ValueError: naming the key of `watch.rules` that cannot be read.
+    """
+    settings = run.params.watch
+    return config_from_mapping(
+        {
+            "duration_s": settings.duration_s,
+            "interval_s": settings.interval_s,
+            "metrics": list(metrics(run)),
+            **({"hard_limits": dict(settings.hard_limits)} if settings.hard_limits else {}),
+            **settings.rules,
+        }
+    )
 
 
 def collect(run: Run, start_s: float, end_s: float, window: str) -> list[Sample]:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import gate, signatures
+from runbook_lib import gate, preflight, signatures
 from runbook_lib import params as params_module
 from runbook_lib.adapters import http
 from runbook_lib.adapters.balancer import HttpBalancer
@@ -34,7 +34,7 @@ from runbook_lib.state import RunState
 from runbook_lib.step import current_attempt
 
 _RUN_ID = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9A-Za-z.-]{1,64}-[0-9a-f]{6}")
-_ALIASES = ("next", "running", "bad")
+ALIASES = ("next", "running", "bad")
 
 
 def root() -> Path:
@@ -83,19 +83,31 @@ def preview(environment: str, version: str = "", *, settings: Mapping[str, str] 
     """A handle for planning: everything is checked, nothing is written; its run id is the word RUN.
 
     Raises:
-        UsageError: the params, the version, a host or a database is not what it must be.
+        UsageError: the params, the version, a tool, a host or a database is not what it must be.
     """
-    params = load_params(environment, settings)
+    try:
+        return _preview(load_params(environment, settings), version)
+    except UsageError:
+        raise
+    except RunbookError as error:  # whatever does not answer here, nothing was started
+        raise UsageError(error.message, remedy=error.remedy) from error
+
+
+def _preview(params: Params, version: str) -> Run:
+    environment = params.environment
     version = version or ("next" if params.rehearsal is not None else "")
     if not version:
         raise UsageError("which version?", remedy=f"runbook run {environment} --version V")
     versions = stack_facts(params).get("versions", {})
-    version = params_module.version_text(versions.get(version, version) if version in _ALIASES else version)
+    version = params_module.version_text(versions.get(version, version) if version in ALIASES else version)
     secrets = Secrets()
+    preflight.check_files(params)
     scratch = root() / "outputs" / environment / ".scratch" / "RUN"
     release = _release(params, _services(params, secrets, scratch, Path()), version)
     run = _run(params, ledger_of(params), "RUN", release)
-    _check_database(params, run.services.database)
+    preflight.check_tools(params)
+    preflight.check_watch(run)
+    preflight.check_database(run)
     return run
 
 
@@ -115,6 +127,13 @@ def create(draft: Run, *, plan: Mapping[str, Any], opened_by: str = "", people_s
         people_sign: the rehearsal's people sign at the gates.
     """
     params, release = draft.params, draft.release
+    opener = opened_by or params.opened_by or getpass.getuser()
+    if opener not in params.people and params.rehearsal is None:
+        # Somebody under another name than the params know could approve what they opened themselves.
+        raise UsageError(
+            f"{opener} opens the run and is none of the people in the params file",
+            remedy="say who you are: --as PERSON",
+        )
     run_id = f"{datetime.now(UTC).strftime('%Y%m%dT%H%M%SZ')}-{release.version}-{random.token_hex(3)}"
     run = _run(params, draft.ledger, run_id, release)
     run.folder.mkdir(parents=True, exist_ok=False)
@@ -130,7 +149,7 @@ def create(draft: Run, *, plan: Mapping[str, Any], opened_by: str = "", people_s
         "previous_version": release.previous_version,
         "previous_commit": release.previous_commit,
         "params_sha256": digest(frozen),
-        "opened_by": opened_by or params.opened_by or getpass.getuser(),
+        "opened_by": opener,
         "people_sign": people_sign,
         "notebooks": {p.name: sha256_file(p) for p in sorted((root() / "runbooks").glob("*.ipynb"))},
     }
@@ -312,21 +331,6 @@ def _release(params: Params, services: Services, version: str) -> Release:
         )
     previous_version, previous_commit = next(iter(serving.values()))
     return Release(params.environment, version, version, commit, previous_version, previous_commit)
-
-
-def _check_database(params: Params, database: Database) -> None:
-    """Reachable is not enough: it must be the application's database."""
-    for name in (params.database.production, params.database.staging):
-        try:
-            with database.connect(params.database.migrate_role, name, application="runbook: opening") as connection:
-                row = connection.execute("SELECT to_regclass('schema_migrations') IS NOT NULL").fetchone()
-        except RunbookError as error:
-            raise UsageError(f"database {name}: {error.message}", remedy=error.remedy) from error
-        if row is None or not row[0]:
-            raise UsageError(
-                f"database {name} at {database.host}:{database.port} has no schema_migrations: it is not the application's",
-                remedy="mend database.* in the params file",
-            )
 
 
 def _write_trust(params: Params, secrets: Secrets) -> None:

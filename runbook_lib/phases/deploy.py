@@ -128,6 +128,11 @@ def deploy_release(run: Run, host: str) -> StepResult:
     return deploy_to(run, host, run.release.commit, name="deploy")
 
 
+@deploy_release.pre_state
+def _serves_before(run: Run, host: str) -> dict[str, Any]:
+    return {"commit": serving(run, host)}
+
+
 @deploy_release.probe
 def _already_there(run: Run, host: str, intent: Mapping[str, Any]) -> StepResult | None:
     return found_on(run, host, run.release.commit)

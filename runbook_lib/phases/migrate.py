@@ -159,6 +159,11 @@ def migrate_production(run: Run) -> StepResult:
     )
 
 
+@migrate_production.pre_state
+def _versions_before(run: Run) -> dict[str, Any]:
+    return {"versions": migration.applied_versions(run, run.params.database.production)}
+
+
 def _migrated(run: Run) -> StepResult | None:
     production = run.params.database.production
     before = set(run.state.fact("migrate.record_schema", "versions") or [])

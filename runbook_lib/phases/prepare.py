@@ -12,7 +12,7 @@ from typing import Any
 from runbook_lib import outward
 from runbook_lib.adapters import http
 from runbook_lib.commands import archive_files, git
-from runbook_lib.errors import StepFailedError, UsageError
+from runbook_lib.errors import StepFailedError
 from runbook_lib.model import Artifact, Recovery, StepResult
 from runbook_lib.run import Run
 from runbook_lib.step import step
@@ -120,11 +120,19 @@ def _(run: Run) -> list[tuple[str, ...]]:
     way_back="lift_freeze, on every way out",
 )
 def freeze_merges(run: Run) -> StepResult:
-    """The git host refuses merges until the run ends."""
+    """The git host refuses merges until the run ends.
+
+    The freeze of a run that has ended, aborted for instance, is taken over: nobody else would lift it any more.
+    """
+    holder = run.services.repository.frozen_by()
+    left = next((s for s in run.ledger.runs() if s.run_id == holder and s.ended), None)
+    if left is not None:
+        run.services.repository.lift_freeze(left.run_id)
     run.services.repository.freeze(run.run_id, _why(run))
     if run.services.repository.frozen_by() != run.run_id:
         raise StepFailedError("the freeze does not stand although it was set", remedy="look at the git host")
-    return StepResult(facts={"frozen by": run.run_id, "why": _why(run)})
+    taken_over = {} if left is None else {"taken over from": f"{left.run_id}, {left.ended}"}
+    return StepResult(facts={"frozen by": run.run_id, "why": _why(run), **taken_over})
 
 
 @freeze_merges.probe
@@ -144,21 +152,9 @@ def _why(run: Run) -> str:
 
 
 def window(run: Run) -> tuple[datetime, datetime]:
-    """The release window: from `window.start` (or when the run was opened) for as long as the plan expects.
-
-    Raises:
-        UsageError: `window.start` is no time with its offset.
-    """
-    text = run.params.window.start
-    try:
-        # The opening, not now: a step that is repeated after a crash must name the same hour.
-        start = datetime.fromisoformat(text or run.state.opened_time)
-    except ValueError as error:
-        raise UsageError(
-            f"window.start {text!r} is no ISO 8601 time", remedy="write 2026-03-01T20:00:00+00:00"
-        ) from error
-    if start.tzinfo is None:
-        raise UsageError(f"window.start {text!r} has no offset", remedy="write 2026-03-01T20:00:00+00:00")
+    """The release window: from `window.start` (or when the run was opened) for as long as the plan expects."""
+    # The opening, not now: a step that is repeated after a crash must name the same hour.
+    start = datetime.fromisoformat(run.params.window.start or run.state.opened_time)
     aside = ("prepare", "rollback", "review")
     length_s = sum(step["expected_s"] for step in run.plan["steps"] if step["phase"] not in aside)
     start = start.astimezone(UTC).replace(microsecond=0)

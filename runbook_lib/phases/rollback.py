@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from functools import wraps
+from functools import partial
 
 from runbook_lib import maintenance, migration, outward
 from runbook_lib.adapters import http, processes
@@ -17,31 +16,20 @@ from runbook_lib.model import Recovery, Status, StepResult
 from runbook_lib.phases import deploy
 from runbook_lib.run import Run
 from runbook_lib.smoke import run_smoke
-from runbook_lib.step import Step, step
+from runbook_lib.step import step
 
 _ORPHAN_S = 5.0  # a kernel whose executor was killed ends itself within a second
 _LEFT_OVER_S = 1800.0  # the longest that a command of a killed executor is waited for
-_NOT_ASKED = {"nothing was done": "no rollback is requested: runbook rollback RUN asks for it"}
 
 
-class _Asked(Step):
-    """A step that acts only when a rollback was asked for; else it says so and leaves no trace."""
-
-    def __call__(self, run: Run) -> StepResult:
-        if run.state.rollback is None:
-            return StepResult(facts=_NOT_ASKED, title=self.title, status="not requested")
-        return Step.__call__(self, run)
+def _not_asked(run: Run) -> StepResult | None:
+    if run.state.rollback is not None:
+        return None
+    said = "no rollback is requested: runbook rollback RUN asks for it"
+    return StepResult(facts={"nothing was done": said}, status="not requested")
 
 
-def _undo(title: str, **options: object) -> Callable[[Callable[..., StepResult]], Step]:
-    made = step(title, **options)  # type: ignore[arg-type]
-
-    @wraps(made)
-    def asked(action: Callable[..., StepResult]) -> Step:
-        plain = made(action)
-        return _Asked(**{name: getattr(plain, name) for name in plain.__dataclass_fields__})
-
-    return asked
+_undo = partial(step, instead=_not_asked)
 
 
 def touched(run: Run, key: str) -> bool:
@@ -121,21 +109,18 @@ def what_changed(run: Run) -> list[str]:
     return found
 
 
-@step("Show the way back", recovery=Recovery.REPEAT, owner="Lead", expected_s=0.2)
-def _show(run: Run) -> StepResult:
+def _only_shown(run: Run) -> StepResult | None:
+    return None if run.state.rollback is not None else _way_back(run)
+
+
+@step("Show the way back", recovery=Recovery.REPEAT, owner="Lead", expected_s=0.2, instead=_only_shown)
+def show_way_back(run: Run) -> StepResult:
     """List what this run changed and what undoes it, read from the ledger and from the targets; changes nothing.
 
     What a killed executor left running is waited for first.
     """
     let_interrupted_end(run)
     return _way_back(run)
-
-
-class _Shown(Step):
-    """Shows at any time; is recorded only as part of a rollback that was asked for."""
-
-    def __call__(self, run: Run) -> StepResult:
-        return Step.__call__(self, run) if run.state.rollback is not None else _way_back(run)
 
 
 def _way_back(run: Run) -> StepResult:
@@ -146,10 +131,6 @@ def _way_back(run: Run) -> StepResult:
     if run.state.rollback is None:
         return StepResult(facts=facts, title="The way back, if it were asked for now", status="shown only")
     return StepResult(facts=facts, artifacts=(run.keep("rollback/way_back.json", json.dumps(changed, indent=1)),))
-
-
-show_way_back = _Shown(**{name: getattr(_show, name) for name in _show.__dataclass_fields__})
-show_way_back.name = "show_way_back"
 
 
 @_undo("Announce the rollback", recovery=Recovery.PROBE, owner="Lead", expected_s=0.2)

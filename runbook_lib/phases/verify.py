@@ -102,16 +102,7 @@ def watch_telemetry(run: Run) -> StepResult:
     settings = run.params.watch
     began = _epoch_s(_first_started(run, "begin.enable_maintenance"))
     baseline = telemetry.collect(run, began - settings.baseline_s, began, "baseline")
-    names = telemetry.metrics(run)
-    config = watch.config_from_mapping(
-        {
-            "duration_s": settings.duration_s,
-            "interval_s": settings.interval_s,
-            "metrics": list(names),
-            **({"hard_limits": dict(settings.hard_limits)} if settings.hard_limits else {}),
-            **settings.rules,
-        }
-    )
+    names, config = telemetry.metrics(run), telemetry.watch_config(run)
     extended = 0
     while True:
         start_s = time.time()
