@@ -203,7 +203,8 @@ def _configure(folder: Path, ports: Mapping[str, int], cluster: postgres.Server,
     programs = [
         # SIGINT is PostgreSQL's fast shutdown; SIGTERM would wait for every session to leave.
         supervisor.Program("postgres", cluster.argv(), stop_signal="INT", server=True),
-        supervisor.Program("s3", objects.argv(), server=True),
+        # Asked to end, it takes seconds; its bucket is made anew with the next world.
+        supervisor.Program("s3", objects.argv(), stop_signal="KILL", server=True),
         supervisor.Program(
             "balancer", (python, "-m", "rehearsal.balancer", "--config", str(config)), ours, server=True
         ),

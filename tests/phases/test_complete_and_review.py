@@ -40,6 +40,7 @@ def _changelog(one: Opened) -> str:
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.soak
 def test_both_phases(running: Opened) -> None:
     run = running.run
     maintenance.turn_on(run)

@@ -21,6 +21,9 @@ import requests
 
 from rehearsal.repository import build
 
+# The releases' own tests, walked as whole releases elsewhere, bring up the same application.
+pytestmark = pytest.mark.soak
+
 TOKEN = "let-me-through"
 BYPASS = {"X-Maintenance-Bypass": TOKEN}
 SMOKE_USER = {"user": "smoke", "password": "demo-smoke"}
