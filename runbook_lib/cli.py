@@ -45,8 +45,11 @@ _FAULTS = {"bad-release": ("bad", "rolled_back")}
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and an exit code, never a traceback."""
     try:
-        # Without standalone mode an Exit comes back as the return value.
-        sys.exit(app(standalone_mode=False) or 0)
+        # Without standalone mode an Exit comes back as the return value; 130 is Typer's word for Ctrl-C.
+        code = app(standalone_mode=False) or 0
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except RunbookError as error:
         _say(f"runbook: {error}")
         sys.exit(error.exit_code)
