@@ -103,15 +103,3 @@ def test_one_executor_has_a_run(opened: Open) -> None:  # noqa: F811
 
     with executor._alone(one.run), pytest.raises(PausedError, match="taken on by process"):
         executor.go(one.run)
-
-
-def test_a_run_that_only_prepared_goes_back_too(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    one = opened()
-    prepare.confirm_candidate(one.run)
-    prepare.freeze_merges(one.run)
-    asked = []
-    monkeypatch.setattr(executor, "_run_phase", lambda run, phase, kernels: asked.append(phase))
-
-    outcome = executor.roll_back(one.run, "not today", cause=1)
-
-    assert (outcome.exit_code, asked, one.run.state.ended) == (1, ["rollback"], "rolled_back")

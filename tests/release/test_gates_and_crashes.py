@@ -45,6 +45,7 @@ class Tools:
             wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
 
     def hold(self, tool: str, when: str) -> None:
+        (self.folder / f"reached-{tool}").unlink(missing_ok=True)
         (self.folder / f"hold-{tool}").write_text(when)
 
     def reached(self, tool: str) -> bool:
@@ -81,6 +82,34 @@ def read_only(project: Project) -> bool:
 
 def started(project: Project) -> bool:
     return any("starting now" in message for message in project.messages())
+
+
+def test_a_run_that_only_prepared_goes_back_too(project: Project, tools: Tools) -> None:
+    freeze = Path(project.facts["repository"], "runbook-freeze.json")
+    assert project.runbook("run", "rehearsal", "--until", "prepare").returncode == 0
+    assert freeze.exists()
+
+    back = project.runbook("rollback", project.runs()[-1].name, "--reason", "not today", "--json")
+
+    assert (back.returncode, project.last_json(back)["state"]) == (1, "rolled_back"), back.stderr
+    assert not freeze.exists()
+
+
+def test_ctrl_c_pauses_the_run_and_a_second_executor_is_told_who_has_it(project: Project, tools: Tools) -> None:
+    tools.hold("pg_dump", "--format=custom")
+    executor = project.start("run", "rehearsal")
+    wait_until(lambda: tools.reached("pg_dump"), "the dump")
+    run_id = project.runs()[-1].name
+
+    second = project.runbook("resume", run_id)
+    executor.send_signal(signal.SIGINT)
+    code = executor.wait(60)
+    tools.release("pg_dump")
+
+    assert (second.returncode, f"by process {executor.pid}" in second.stderr) == (75, True), second.stderr
+    assert code == 75
+    done = project.runbook("abort", run_id, "--reason", "interrupted on purpose")
+    assert done.returncode == 0, done.stderr
 
 
 def test_sys_exit_in_a_cell_does_not_pass_for_success(project: Project, tools: Tools) -> None:
@@ -229,7 +258,7 @@ def test_after_three_kills_each_effect_happened_once(project: Project) -> None:
 
     dumps = [p.name for p in Path(facts["backups"]).iterdir() if run.name in p.name and p.suffix == ".dump"]
     assert dumps == [f"{run.name}.dump"]
-    assert not [p for p in Path(facts["backups"]).iterdir() if p.name.endswith(".part")]
+    assert not [p for p in Path(facts["backups"]).iterdir() if run.name in p.name and p.name.endswith(".part")]
 
     assert set(versions_in_s3(facts, run.name).values()) == {1}
 
