@@ -89,3 +89,9 @@ def test_untouched_notebooks_walk_a_rehearsal_release_that_the_twins_people_sign
             assert (
                 facts["commits"][facts["versions"]["next"]] in (Path(host["home"]) / "current" / "REVISION").read_text()
             )
+    # Walked by hand it is not ended yet: the review showed that and wrote nothing, and resume ends and seals it.
+    for words in (("resume", run.name), ("review", run.name)):
+        ended = project.runbook(*words)
+        assert ended.returncode == 0, ended.stderr
+    verified = project.runbook("verify", str(run), "--trust", str(run.parent / "allowed_signers"))
+    assert verified.returncode == 0, verified.stdout
