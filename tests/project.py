@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +54,8 @@ class Project:
             stderr=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
+            # A shell that runs the tests in its background has Ctrl-C ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def last_json(self, done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
