@@ -403,6 +403,24 @@ def rollback(
 
 
 @app.command()
+def takeover(
+    run_id: Annotated[str, typer.Argument(metavar="RUN")],
+    reason: Annotated[str, typer.Option(help="Why its executor cannot be asked.")],
+    json: Json = False,
+) -> None:
+    """Shut a run's executor out of the ledger and of every target, when it is lost or does not answer."""
+    from runbook_lib import lease, wiring
+
+    run = wiring.attach(run_id)
+    if not reason.strip():
+        raise UsageError("a takeover needs its reason", remedy="give --reason TEXT")
+    fenced = lease.take_over(run, reason=reason)
+    _say(f"shut out at: {', '.join(fenced)}. Next: runbook resume {run_id}")
+    if json:
+        _print_json({**_summary(run), "fenced": fenced})
+
+
+@app.command()
 def abort(
     run_id: Annotated[str, typer.Argument(metavar="RUN")],
     reason: Annotated[str, typer.Option(help="Why.")],

@@ -8,7 +8,8 @@ RunbookError                 exit code
 ├── GateClosedError           3   rejected or timed out; rollback, or ask again
 ├── VerificationError         4   the record is not what was sealed
 └── PausedError              75   waiting for people; resume goes on (EX_TEMPFAIL of sysexits.h)
-└── StepInDoubtError     75   settle the step: runbook resolve
+    ├── StepInDoubtError     75   settle the step: runbook resolve
+    └── FencedError          75   another executor has the run: look who, runbook status
 """
 
 from __future__ import annotations
@@ -74,3 +75,7 @@ class PausedError(RunbookError):
 
 class StepInDoubtError(PausedError):
     """The intent is recorded, the outcome is not: the effect may or may not have happened."""
+
+
+class FencedError(PausedError):
+    """Another executor has the run: this one may not write, and its commands are refused at the targets."""

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import archive, gate
+from runbook_lib import archive, gate, lease
 from runbook_lib.canonical import sync_folder, write_atomically
 from runbook_lib.errors import GateClosedError, PausedError, RunbookError, StepFailedError
 from runbook_lib.model import Status
@@ -103,19 +100,20 @@ def go(run: Run, *, wait: bool = False, until: str | None = None) -> Outcome:
         wait: wait at gates (each until its own time-out) instead of pausing.
         until: the last phase to run; None means to the end.
     """
-    with _alone(run):
+    state = run.state
+    if state.ended:
+        close(run)
+        return Outcome(0 if state.ended == "completed" else 1, f"the run has ended: {state.ended}", state.phase)
+    with lease.held(run):
         return _go(run, wait=wait, until=until)
 
 
 def _go(run: Run, *, wait: bool, until: str | None) -> Outcome:
     state = run.state
-    if state.ended:
-        close(run)
-        return Outcome(0 if state.ended == "completed" else 1, f"the run has ended: {state.ended}", state.phase)
     if state.rollback is not None:
         return _go_back(run, str(state.rollback["reason"]), cause=int(state.rollback["exit_code"]))
     _stale_gates(run)
-    kernels = Kernels(run.root, {gate.WAIT_VARIABLE: "1"} if wait else {})
+    kernels = Kernels(run.root, {**lease.handed_down(run), **({gate.WAIT_VARIABLE: "1"} if wait else {})})
     try:
         kernels.start_next()
         for module in FORWARD:
@@ -139,7 +137,7 @@ def roll_back(run: Run, reason: str, *, cause: int) -> Outcome:
         reason: for the incident note.
         cause: the exit code of what made it necessary (1 or 3): it stays the exit code of a clean rollback.
     """
-    with _alone(run):
+    with lease.held(run):
         return _go_back(run, reason, cause=cause)
 
 
@@ -149,7 +147,7 @@ def _go_back(run: Run, reason: str, *, cause: int) -> Outcome:
         run.ledger.take_lock(run.run_id, run.release.environment)
     if run.state.rollback is None:
         run.ledger.append(run.run_id, "rollback_requested", {"reason": reason, "exit_code": cause})
-    kernels = Kernels(run.root, {})
+    kernels = Kernels(run.root, lease.handed_down(run))
     try:
         stop = None if _passed(run, "rollback") else _run_phase(run, "rollback", kernels)
     finally:
@@ -164,13 +162,13 @@ def review(run: Run) -> Outcome:
     """Phase 8 on an ended run: its notebook and artifacts go to review/, signed apart."""
     if not run.state.ended:
         return Outcome(75, f"run {run.run_id} has not ended: there is nothing to review yet", run.state.phase)
-    with _alone(run):
+    with lease.held(run):
         return _review(run)
 
 
 def _review(run: Run) -> Outcome:
     close(run)
-    kernels = Kernels(run.root, {})
+    kernels = Kernels(run.root, lease.handed_down(run))
     try:
         if not _passed(run, "review"):
             stop = _run_phase(run, "review", kernels)
@@ -187,44 +185,32 @@ def _review(run: Run) -> Outcome:
     return Outcome(0, "the review is signed and stands beside the record", "review")
 
 
-@contextmanager
-def _alone(run: Run) -> Iterator[None]:
-    """One executor a run: a command that is typed twice is refused while the first one is at work.
+def end(run: Run, state: str, **why: Any) -> None:
+    """Write the run's end, free the environment and seal the record.
 
     Raises:
-        PausedError: naming the process that has the run.
+        PausedError: it has ended, or another process is at work on it.
     """
-    path = run.scratch / "executor.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise PausedError(
-                f"run {run.run_id} is being taken on by process {file.read().strip() or 'unknown'} on this machine",
-                remedy=f"runbook status {run.run_id}; end that process first if it must not go on",
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def end(run: Run, state: str, **why: Any) -> None:
-    """Write the run's end, free the environment and seal the record."""
 
     def once(now: RunState) -> None:
         if now.ended:
             raise PausedError(f"run {run.run_id} has ended already: {now.ended}", remedy="runbook list")
 
-    run.ledger.append(run.run_id, "run_ended", {"state": state, **why}, guard=once)
-    close(run)
+    with lease.held(run):
+        run.ledger.append(run.run_id, "run_ended", {"state": state, **why}, guard=once)
+        close(run)
 
 
 def close(run: Run) -> None:
     """Seal an ended run's record if that was not done, and renew the environment's list of runs."""
     if not (run.folder / "statement.json.sig").exists():
+        with lease.held(run):
+            _seal(run)
+    write_index(run)
+
+
+def _seal(run: Run) -> None:
+    if not (run.folder / "statement.json.sig").exists():  # another process may just have done it
         inbox = run.folder / "decisions" / "inbox"
         if inbox.is_dir():
             target = run.scratch / "left-in-inbox"
@@ -237,7 +223,6 @@ def close(run: Run) -> None:
             recorder_key=run.secrets.path(run.params.record.key),
             trust=run.trust,
         )
-    write_index(run)
 
 
 def write_index(run: Run) -> None:

@@ -6,6 +6,7 @@ One class for SQLite (default) and PostgreSQL: only how writers are serialized d
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from runbook_lib.canonical import canonical_json, sha256
-from runbook_lib.errors import UnavailableError, UsageError, VerificationError
+from runbook_lib.errors import FencedError, PausedError, UnavailableError, UsageError, VerificationError
 from runbook_lib.model import Event
 from runbook_lib.state import RunState, fold
 
@@ -36,15 +37,35 @@ _events = sa.Table(
     sa.Column("hash", sa.String(64), nullable=False),
     sa.UniqueConstraint("run_id", "seq"),
 )
-for _verb in ("UPDATE", "DELETE"):
-    sa.event.listen(
-        _events,
-        "after_create",
-        sa.DDL(  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
-            f"CREATE TRIGGER events_no_{_verb.lower()} BEFORE {_verb} ON events "
-            "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
-        ).execute_if(dialect="sqlite"),
-    )
+_APPEND_ONLY = {
+    "sqlite": [
+        f"CREATE TRIGGER events_no_{verb.lower()} BEFORE {verb} ON events "
+        "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
+        for verb in ("UPDATE", "DELETE")
+    ],
+    "postgresql": [
+        "CREATE OR REPLACE FUNCTION events_append_only() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION 'the ledger is append-only'; END $$",
+        "CREATE TRIGGER events_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON events "
+        "FOR EACH STATEMENT EXECUTE FUNCTION events_append_only()",
+    ],
+}
+# A writer is alone from its first read on; readers go on reading what is committed.
+_ALONE = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "LOCK TABLE events IN EXCLUSIVE MODE"}
+# A writer that was stopped in the middle of a write must not stop all others: the server ends its transaction. A
+# connection that was cut without a word is noticed by keepalives and by what was sent and not acknowledged.
+_POSTGRESQL = {
+    "application_name": "runbook ledger",
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+    "options": "-c idle_in_transaction_session_timeout=20s -c lock_timeout=30s -c statement_timeout=60s "
+    "-c synchronous_commit=on",
+}
+# Any number that others of this database hardly use: whoever creates the table is alone.
+_CREATING = 7_461_523
 
 Guard = Callable[[RunState], None]
 
@@ -55,28 +76,53 @@ def utc_now() -> str:
 
 
 class Ledger:
-    """Events of all runs of one installation.
+    """Events of all runs of one installation, or of a team.
 
     Args:
-        url: SQLAlchemy URL, e.g. `sqlite:////…/ledger.sqlite`.
+        url: `sqlite:////FILE`, or `postgresql://USER@HOST/DATABASE` with its password in libpq's password file.
+
+    Attributes:
+        epoch: the lease that this process writes under as a run's executor; None for everybody else.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._engine = sa.create_engine(url)
-        if self._engine.dialect.name == "sqlite":
+        self.epoch: int | None = None
+        address = sa.make_url(url)
+        if address.drivername == "postgresql":
+            address = address.set(drivername="postgresql+psycopg")
+        if address.get_backend_name() == "sqlite":
+            self._engine = sa.create_engine(address)
             sa.event.listen(self._engine, "connect", _durable_sqlite)
-        with self._guarded(), self._engine.begin() as connection:
-            _metadata.create_all(connection)
+        else:
+            self._engine = sa.create_engine(address, connect_args=_POSTGRESQL, pool_pre_ping=True)
+        with self._guarded(), self._engine.connect() as connection:
+            if not sa.inspect(connection).has_table(_events.name):
+                connection.rollback()
+                self._create(connection)
+
+    @staticmethod
+    def _create(connection: sa.Connection) -> None:
+        backend = connection.dialect.name
+        with connection.begin():
+            if backend == "sqlite":
+                connection.exec_driver_sql(_ALONE[backend])
+            else:
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_CREATING})")
+            if not sa.inspect(connection).has_table(_events.name):
+                _metadata.create_all(connection)
+                for statement in _APPEND_ONLY[backend]:
+                    connection.exec_driver_sql(statement)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         try:
             yield
-        except sa.exc.OperationalError as error:
+        except sa.exc.DBAPIError as error:
+            said = " ".join(str(error.orig).split())
             raise UnavailableError(
-                f"the ledger {sa.make_url(self.url).render_as_string()} cannot be used: {error.orig}",
-                remedy="look at its disk and its locks, then: runbook resume RUN",
+                f"the ledger {sa.make_url(self.url).render_as_string()} cannot be used: {said}",
+                remedy="look at its disk, its server and its locks, then: runbook resume RUN",
             ) from error
 
     def append(
@@ -97,19 +143,27 @@ class Ledger:
             environment: needed for a run's first event only.
             guard: called with the state inside the same transaction; what it raises stops the write.
 
+        Every event names the epoch of the run's lease: that of its executor, whoever writes it.
+
         Raises:
-            UnavailableError: the database could not be written; nothing was recorded.
+            FencedError: this process writes under a lease that has passed to another one; nothing was recorded.
+            UnavailableError: the database could not be written. Nothing was recorded, unless it was cut off while it
+                answered: reading again tells.
         """
         with self._guarded(), self._engine.begin() as connection:
-            # A writer is alone from its first read on; readers go on reading what is committed.
-            alone = "BEGIN IMMEDIATE" if connection.dialect.name == "sqlite" else "LOCK TABLE events IN EXCLUSIVE MODE"
-            connection.exec_driver_sql(alone)
+            connection.exec_driver_sql(_ALONE[connection.dialect.name])
             events = self._read(connection, run_id)
             if not events and environment is None:
                 raise UsageError(f"there is no run {run_id!r}", remedy="runbook list")
+            state = fold(events)
+            if self.epoch is not None and self.epoch != state.epoch:
+                raise FencedError(
+                    f"run {run_id} was taken over: its lease has epoch {state.epoch}, this process had {self.epoch}",
+                    remedy=f"runbook status {run_id}",
+                )
             if guard is not None:
-                guard(fold(events))
-            event = _chained(events[-1] if events else None, run_id, kind, data)
+                guard(state)
+            event = _chained(events[-1] if events else None, run_id, kind, {"epoch": state.epoch, **data})
             connection.execute(
                 _events.insert().values(
                     run_id=run_id,
@@ -129,6 +183,7 @@ class Ledger:
 
         Raises:
             UsageError: another run is live; its id, since when, and its step are named.
+            PausedError: another run had the environment since this executor began.
         """
 
         def alone(state: RunState) -> None:
@@ -142,8 +197,53 @@ class Ledger:
                     f"at {holder.opened_time}, last on {step}",
                     remedy=f"runbook resume {holder.run_id}, or runbook abort {holder.run_id} --reason TEXT",
                 )
+            # The targets know the highest epoch that was there: a lower one would be taken for a stale executor.
+            if state.epoch < self.highest_epoch(environment):
+                raise PausedError(
+                    f"another run had {environment} since this one was taken on", remedy=f"runbook resume {run_id}"
+                )
 
         self.append(run_id, "lock_taken", {"environment": environment}, guard=alone)
+
+    def take_lease(
+        self,
+        run_id: str,
+        executor: Mapping[str, Any],
+        *,
+        kind: str = "lease_taken",
+        guard: Guard | None = None,
+        **why: Any,
+    ) -> None:
+        """Make this process the run's one executor; its epoch is higher than any before in the environment.
+
+        That it rises is the ledger's doing; the clock only sets it off from other ledgers' epochs.
+
+        Args:
+            executor: who that is, from `processes.me`.
+            kind: `lease_taken`, or `takeover_begun` when the holder was not asked.
+            guard: refuses while the holder may still be at work.
+            why: more words for the event.
+        """
+        data = {"executor": dict(executor), **why}
+
+        def next_epoch(state: RunState) -> None:
+            if guard is not None:
+                guard(state)
+            highest = self.highest_epoch(state.opened["environment"])
+            # Milliseconds: targets that another ledger's executors met before must not take this one for stale.
+            data["epoch"] = max(highest + 1, int(time.time() * 1000))
+
+        self.epoch = None
+        self.append(run_id, kind, data, guard=next_epoch)
+        self.epoch = int(data["epoch"])
+
+    def highest_epoch(self, environment: str) -> int:
+        """The highest epoch that any executor ever had in the environment; 0 before the first."""
+        leases = sa.select(_events.c.data).where(
+            _events.c.environment == environment, _events.c.kind.in_(("lease_taken", "takeover_begun"))
+        )
+        with self._guarded(), self._engine.connect() as connection:
+            return max((int(json.loads(row.data)["epoch"]) for row in connection.execute(leases)), default=0)
 
     def live_run(self, environment: str) -> RunState | None:
         """The run that holds the environment, from phase 1 to its end; None when it is free."""

@@ -8,6 +8,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
+from runbook_lib import fence as fence_at
 from runbook_lib.adapters import http
 from runbook_lib.commands import ansible
 from runbook_lib.errors import StepFailedError
@@ -29,12 +30,17 @@ def playbook(run: Run, name: str) -> Command:
 
 def turn_on(run: Run) -> None:
     """Refuse users' writes at every host and rest the workers. Running it again changes nothing."""
-    run.services.shell.run(playbook(run, "enable_maintenance.yml"), name="enable_maintenance")
+    _play(run, "enable_maintenance")
 
 
 def turn_off(run: Run) -> None:
     """Take writes again and wake the workers. Running it again changes nothing."""
-    run.services.shell.run(playbook(run, "disable_maintenance.yml"), name="disable_maintenance")
+    _play(run, "disable_maintenance")
+
+
+def _play(run: Run, name: str) -> None:
+    command = fence_at.through(run, playbook(run, f"{name}.yml"), tuple(run.params.all_hosts))
+    run.services.shell.run(command, name=name)
 
 
 def probe_write(run: Run, url: str | None = None) -> http.Answer:
@@ -105,7 +111,7 @@ def _reads(run: Run) -> list[str]:
 def fence(run: Run) -> int:
     """Make every new transaction of the application's role read-only and end its sessions; returns how many."""
     database = run.params.database
-    with _admin(run) as session:
+    with fence_at.database(run, database.production) as session:
         session.execute(
             sql.SQL("ALTER ROLE {} IN DATABASE {} SET default_transaction_read_only = on").format(
                 sql.Identifier(database.app_role), sql.Identifier(database.production)
@@ -117,7 +123,7 @@ def fence(run: Run) -> int:
 def lift_fence(run: Run) -> int:
     """Let the application's role write again; its sessions are ended so that they learn of it."""
     database = run.params.database
-    with _admin(run) as session:
+    with fence_at.database(run, database.production) as session:
         session.execute(
             sql.SQL("ALTER ROLE {} IN DATABASE {} RESET default_transaction_read_only").format(
                 sql.Identifier(database.app_role), sql.Identifier(database.production)
@@ -146,7 +152,7 @@ def prove_fenced(run: Run) -> str:
     """
     database = run.params.database
     with run.services.database.connect(
-        database.app_role, database.production, application=f"runbook {run.run_id}: fence probe", autocommit=False
+        database.app_role, database.production, application=f"{run.session_name}: fence probe", autocommit=False
     ) as session:
         try:
             session.execute("UPDATE schema_migrations SET version = version WHERE false")
@@ -165,7 +171,7 @@ def prove_fenced(run: Run) -> str:
 
 def _admin(run: Run) -> psycopg.Connection[Any]:
     database = run.params.database
-    return run.services.database.connect(database.admin_role, database.maintenance, application=f"runbook {run.run_id}")
+    return run.services.database.connect(database.admin_role, database.maintenance, application=run.session_name)
 
 
 def _end_sessions(run: Run, session: psycopg.Connection[Any]) -> int:

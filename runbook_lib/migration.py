@@ -6,14 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from runbook_lib import fence
 from runbook_lib.commands import migrations
 from runbook_lib.commands.migrations import Target
 from runbook_lib.errors import RunbookError, StepFailedError, StepInDoubtError
-from runbook_lib.model import Completed
+from runbook_lib.model import Command, Completed
 from runbook_lib.run import Run
 
 _SAMPLE_S = 0.2
@@ -33,7 +33,7 @@ def target(run: Run, database: str) -> Target:
 def applied_versions(run: Run, database: str) -> list[str]:
     """The rows of schema_migrations, oldest first."""
     role = run.params.database.migrate_role
-    with run.services.database.connect(role, database, application=f"runbook {run.run_id}") as session:
+    with run.services.database.connect(role, database, application=run.session_name) as session:
         return [row[0] for row in session.execute("SELECT version FROM schema_migrations ORDER BY version")]
 
 
@@ -58,9 +58,13 @@ def apply(run: Run, database: str, *, name: str) -> Completed:
         directory=m.directory,
         timeout_s=m.timeout_s,
     )
-    return run.services.shell.run(
-        replace(command, env={**command.env, "PGAPPNAME": f"runbook {run.run_id}"}), name=name
-    )
+    return _alone(run, database, command, name=name)
+
+
+def _alone(run: Run, database: str, command: Command, *, name: str) -> Completed:
+    """Run a migration tool while no other executor can, its sessions named by the run."""
+    with fence.database(run, database):
+        return run.services.shell.run(command, name=name)
 
 
 def undo(run: Run, version: str) -> Completed:
@@ -93,14 +97,14 @@ def undo(run: Run, version: str) -> Completed:
         timeout_s=m.timeout_s,
         version=version,
     )
-    return run.services.shell.run(command, name=f"undo-{version}")
+    return _alone(run, database, command, name=f"undo-{version}")
 
 
 def blocked_sessions(run: Run) -> list[dict[str, Any]]:
     """Sessions of the production database that wait for a lock, with who holds it."""
     d = run.params.database
     with run.services.database.connect(
-        d.admin_role, d.maintenance, application=f"runbook {run.run_id}: locks"
+        d.admin_role, d.maintenance, application=f"{run.session_name}: locks"
     ) as session:
         rows = session.execute(_BLOCKED, (d.production,)).fetchall()
     return [{"pid": pid, "role": role, "query": query, "blocked_by": list(by)} for pid, role, query, by in rows]
@@ -110,7 +114,7 @@ def long_transactions(run: Run) -> list[dict[str, Any]]:
     """Transactions in the production database older than `long_transaction_s` seconds."""
     d = run.params.database
     with run.services.database.connect(
-        d.admin_role, d.maintenance, application=f"runbook {run.run_id}: locks"
+        d.admin_role, d.maintenance, application=f"{run.session_name}: locks"
     ) as session:
         rows = session.execute(
             "SELECT pid, usename, application_name, extract(epoch FROM now() - xact_start)::float8 FROM pg_stat_activity "
@@ -129,7 +133,7 @@ def refuse_while_migrating(run: Run) -> None:
     """
     d = run.params.database
     with run.services.database.connect(
-        d.admin_role, d.maintenance, application=f"runbook {run.run_id}: probe"
+        d.admin_role, d.maintenance, application=f"{run.session_name}: probe"
     ) as session:
         rows = session.execute(
             "SELECT pid FROM pg_stat_activity WHERE usename = %s AND datname = %s AND state <> 'idle'",

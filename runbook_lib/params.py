@@ -108,6 +108,7 @@ class Host(_Strict):
     url: Url | None = None
     balanced: bool = True
     log: Line = "log/app.log"
+    python: Line = "python3"
     files: Annotated[list[Line], Field(min_length=1)] = ["."]
 
 

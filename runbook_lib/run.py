@@ -45,6 +45,11 @@ class Services:
     database: Database
 
 
+def session_name(run_id: str) -> str:
+    """How a run's database sessions begin to name themselves; PostgreSQL keeps 63 bytes."""
+    return f"runbook {run_id}"[:63]
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One release of one version to one environment.
@@ -85,6 +90,11 @@ class Run:
     def writable(self) -> Path:
         """Where new files go: the record until the run has ended, then the review's own folder beside it."""
         return self.folder / "review" if self.state.ended else self.folder
+
+    @property
+    def session_name(self) -> str:
+        """How the run's database sessions begin to name themselves."""
+        return session_name(self.run_id)
 
     def key(self, what: str) -> str:
         """The idempotency key of an effect of this run."""

@@ -42,7 +42,14 @@ class GateState:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """The fold of a run's events."""
+    """The fold of a run's events.
+
+    Attributes:
+        epoch: of the newest lease; rises with every executor that takes the run on.
+        executor: the process that holds the lease, None when it was given back.
+        taking_over: a takeover has begun and not yet shown that the executor before is dead or fenced.
+        fenced_below: executors with a lower epoch can do nothing any more, at no target.
+    """
 
     run_id: str = ""
     opened: Mapping[str, Any] = field(default_factory=dict)
@@ -54,6 +61,10 @@ class RunState:
     checks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     phase: str = "prepare"
     locked: bool = False
+    epoch: int = 0
+    executor: Mapping[str, Any] | None = None
+    taking_over: bool = False
+    fenced_below: int = 0
     rollback: Mapping[str, Any] | None = None
     ended: str = ""
     ended_time: str = ""
@@ -113,10 +124,18 @@ def _apply(state: RunState, event: Event) -> RunState:
             return replace(state, phase=data["phase"])
         case "lock_taken":
             return replace(state, locked=True)
+        case "lease_taken":
+            return replace(state, epoch=data["epoch"], executor=data["executor"])
+        case "lease_released":
+            return replace(state, executor=None)
+        case "takeover_begun":
+            return replace(state, epoch=data["epoch"], executor=data["executor"], taking_over=True)
+        case "takeover_done":
+            return replace(state, executor=None, taking_over=False, fenced_below=data["epoch"])
         case "rollback_requested":
             return replace(state, rollback=data)
         case "run_ended":
-            return replace(state, ended=data["state"], ended_time=event.time, locked=False)
+            return replace(state, ended=data["state"], ended_time=event.time, locked=False, executor=None)
         case "check_recorded":
             return replace(state, checks={**state.checks, data["check"]: data})
         case "step_intent" | "step_outcome" | "step_reset" | "step_blocked":

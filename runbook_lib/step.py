@@ -12,7 +12,6 @@ the probe, and no step starts before every step and gate in front of it is green
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from runbook_lib import fence, lease
 from runbook_lib.adapters import processes
 from runbook_lib.canonical import digest
 from runbook_lib.errors import PausedError, RunbookError, StepFailedError, StepInDoubtError
@@ -34,10 +34,6 @@ Shown = Callable[[Run], Sequence[Sequence[str]]]
 Items = Callable[[Run], Sequence[str]]
 Look = Callable[..., Mapping[str, Any]]
 Instead = Callable[[Run], StepResult | None]
-
-
-# A kernel whose executor was killed notices within a second and ends itself.
-_ORPHAN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +138,11 @@ class Step:
             return replace(known.result, status="green")
         if known.status is Status.BLOCKED:
             raise _blocked(run, key, known.error)
+        with lease.held(run):
+            return self._settle_or_attempt(run, item, key)
+
+    def _settle_or_attempt(self, run: Run, item: str | None, key: str) -> StepResult:
+        known = run.state.step(key)
         if known.status is Status.RUNNING:
             settled = self._recover(run, item, key, known)
             if settled is not None:
@@ -254,18 +255,11 @@ class Step:
 
     def _recover(self, run: Run, item: str | None, key: str, known: StepState) -> StepResult | None:
         """Settle an intent without outcome: nothing old may still run, then the probe says."""
-        executor = known.intent["executor"]
-        if executor["pid"] != os.getpid() and not processes.gone_within(executor, _ORPHAN_S):
-            raise PausedError(
-                f"{key} is being run by process {executor['pid']} on {executor['host']} since {known.intent_time}",
-                remedy=f"runbook status {run.run_id}",
-            )
-        if executor["host"] != processes.me()["host"]:
-            raise self._block(
-                run, key, known, f"it was started on {executor['host']}, which cannot be looked at from here"
-            )
+        lease.refuse_at_work(run, key, known.intent, known.intent_time)
         folder = run.folder / known.intent["children"]
-        processes.wait_for_children(folder, timeout_s=self.timeout_s)
+        if processes.is_here(known.intent["executor"]):  # elsewhere they are shut out, or nobody comes to this line
+            processes.wait_for_children(folder, timeout_s=self.timeout_s)
+        fence.end_left_over(run)
         if self.recovery is Recovery.REPEAT:
             self._write(run, "step_reset", {"step": key, "attempt": known.attempt, "why": "repeatable"})
             return None

@@ -56,7 +56,7 @@ def collect(run: Run, start_s: float, end_s: float, window: str) -> list[Sample]
 def _queue_depth(run: Run, times_s: list[float], window: str) -> list[Sample]:
     d, query = run.params.database, (run.params.watch.queue_depth_sql or "").encode()
     with run.services.database.connect(
-        d.backup_role, d.production, application=f"runbook {run.run_id}: watch"
+        d.backup_role, d.production, application=f"{run.session_name}: watch"
     ) as session:
         session.execute("SELECT set_config('statement_timeout', '5s', false)")
         samples = []

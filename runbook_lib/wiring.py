@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import gate, preflight, signatures
+from runbook_lib import gate, lease, preflight, signatures
 from runbook_lib import params as params_module
 from runbook_lib.adapters import http
 from runbook_lib.adapters.balancer import HttpBalancer
@@ -29,7 +29,7 @@ from runbook_lib.errors import RunbookError, UsageError
 from runbook_lib.ledger import Ledger
 from runbook_lib.model import Release
 from runbook_lib.params import Params
-from runbook_lib.run import Run, Services
+from runbook_lib.run import Run, Services, session_name
 from runbook_lib.state import RunState
 from runbook_lib.step import current_attempt
 
@@ -192,6 +192,7 @@ def attach(run_id: str) -> Run:
     state = ledger.state(run_id)
     if digest(data) != state.opened["params_sha256"]:
         raise UsageError(f"params.json of {run_id} is not what the run was opened with", remedy="restore the file")
+    ledger.epoch = lease.inherited(run_id)
     _write_trust(params, Secrets())
     return _run(params, ledger, run_id, release_of(state))
 
@@ -283,7 +284,7 @@ def _services(params: Params, secrets: Secrets, scratch: Path, folder: Path) -> 
     store = params.backup.store
     messages = params.messages
     return Services(
-        shell=LocalShell(log_folder, secrets),
+        shell=LocalShell(log_folder, secrets, {"PGAPPNAME": session_name(folder.name)}),
         chat=OutboxChat(_folder(messages.chat)),
         calendar=FolderCalendar(_folder(messages.calendar)),
         pages=FolderPages(_folder(messages.pages)),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from tests.ledgers import LedgerServer
 from tests.project import ROOT, Project
 
 # `make soak` draws many more: pytest's --hypothesis-profile takes the other one.
@@ -29,6 +31,23 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     if report.skipped and os.environ.get("CI") == "true":
         report.outcome, report.longrepr = "failed", f"skipped, and CI=true forbids it: {report.longrepr}"
     return report
+
+
+@pytest.fixture(scope="session")
+def ledger_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LedgerServer]:
+    """A PostgreSQL server for ledgers, apart from the twin's."""
+    server = LedgerServer.start(tmp_path_factory.mktemp("ledgers"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def ledger_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty ledger's address, once for each kind of database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'ledger.sqlite'}"
+    server: LedgerServer = request.getfixturevalue("ledger_server")
+    return server.new_ledger()
 
 
 @pytest.fixture(scope="module")

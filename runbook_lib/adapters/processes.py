@@ -53,15 +53,34 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+@cache
+def _machine() -> dict[str, str]:
+    """What tells this machine from another one of the same name, and this view of its processes from a container's."""
+    try:
+        machine = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        machine = ""
+    return {"host": socket.gethostname(), "machine": machine, "pids": str(Path("/proc/self/ns/pid").readlink())}
+
+
 def me() -> dict[str, Any]:
-    """Who is executing: host, boot, pid and its start time."""
+    """Who is executing: host, machine, boot, pid and its start time."""
     pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": boot_id(), "pid": pid, "start": start_time(pid)}
+    return {**_machine(), "boot": boot_id(), "pid": pid, "start": start_time(pid)}
+
+
+def is_here(process: Mapping[str, Any]) -> bool:
+    """True when this machine can tell whether that process still runs."""
+    here = _machine()
+    if process["host"] != here["host"] or process.get("machine", here["machine"]) != here["machine"]:
+        return False
+    # Of an earlier boot nothing is left; a container's processes are only seen from inside of it.
+    return bool(process["boot"] != boot_id() or process.get("pids", here["pids"]) == here["pids"])
 
 
 def alive(process: Mapping[str, Any]) -> bool:
     """True when that very process still runs on this machine."""
-    here = bool(process["host"] == socket.gethostname() and process["boot"] == boot_id())
+    here = is_here(process) and process["boot"] == boot_id()
     return here and start_time(int(process["pid"])) == int(process["start"])
 
 

@@ -8,14 +8,14 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runbook_lib.adapters.processes import WRAPPER, end_group
 from runbook_lib.adapters.secrets import Secrets
-from runbook_lib.errors import StepFailedError, UsageError
+from runbook_lib.errors import StepFailedError, UnavailableError, UsageError
 from runbook_lib.model import Command, Completed
 
 
@@ -26,10 +26,12 @@ class LocalShell:
     Args:
         folder: tells where the logs of the running step go.
         secrets: what must not stay in a log.
+        env: what every command finds in its environment, under the command's own.
     """
 
     folder: Callable[[], Path]
     secrets: Secrets
+    env: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, command: Command, *, name: str) -> Completed:
         """See `ports.Shell`."""
@@ -50,15 +52,21 @@ class LocalShell:
             stdout = stack.enter_context(command.stdout.open("wb")) if command.stdout else out
             alive = stack.enter_context(lock_file.open("a+b"))
             fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            child = subprocess.Popen(  # noqa: S603  # argv, never a shell string: the script is the constant above
-                ("sh", "-c", WRAPPER, "sh", str(pid_file), str(exit_file), program, *command.argv[1:]),
-                stdin=alive,
-                stdout=stdout,
-                stderr=out,
-                cwd=command.cwd,
-                env={**os.environ, **command.env},
-                start_new_session=True,
-            )
+            try:
+                child = subprocess.Popen(  # noqa: S603  # argv, never a shell string: the script is the constant above
+                    ("sh", "-c", WRAPPER, "sh", str(pid_file), str(exit_file), program, *command.argv[1:]),
+                    stdin=alive,
+                    stdout=stdout,
+                    stderr=out,
+                    cwd=command.cwd,
+                    env={**os.environ, **self.env, **command.env},
+                    start_new_session=True,
+                )
+            except OSError as error:  # the folder is not there, or this machine has no process or descriptor left
+                raise UnavailableError(
+                    f"{command.argv[0]} ({name}) could not be started: {error.strerror}: {error.filename or ''}",
+                    remedy="mend that, then resume",
+                ) from error
             try:
                 exit_code = child.wait(timeout=command.timeout_s)
             except subprocess.TimeoutExpired:

@@ -148,7 +148,7 @@ def dump_database(run: Run) -> StepResult:
     part = on_disk.fresh_part(final)
     try:
         with database.connect(
-            params.backup_role, params.production, application=f"runbook: snapshot {run.run_id}"
+            params.backup_role, params.production, application=f"{run.session_name}: snapshot"
         ) as connection:
             _refuse_older_tool(run, connection.info.server_version)
             restore.begin_snapshot(connection)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import maintenance
+from runbook_lib import fence, maintenance
 from runbook_lib.adapters import http
 from runbook_lib.commands import ansible
 from runbook_lib.errors import StepFailedError, UnavailableError
@@ -51,7 +51,7 @@ def deploy_to(run: Run, host: str, commit: str, *, name: str) -> StepResult:
     before = serving(run, host)
     if balanced and balancer is not None:
         balancer.drain(host, timeout_s=run.params.deploy.drain_timeout_s)
-    done = run.services.shell.run(deploy_command(run, host, commit), name=f"{name}-{host}")
+    done = run.services.shell.run(fence.through(run, deploy_command(run, host, commit), (host,)), name=f"{name}-{host}")
     if params.url is not None:
         health = http.request("GET", params.url + run.params.application.health_path)
         after = serving(run, host)
@@ -68,6 +68,7 @@ def deploy_to(run: Run, host: str, commit: str, *, name: str) -> StepResult:
 def found_on(run: Run, host: str, commit: str) -> StepResult | None:
     """Whether a host serves the commit and takes traffic; None means deploy again: the playbook is safe to repeat."""
     params, balancer = run.params.all_hosts[host], run.services.balancer
+    fence.raise_on(run, host)  # what an earlier executor started there has ended, and nothing of it starts any more
     if params.url is None or serving(run, host) != commit:
         return None
     if http.request("GET", params.url + run.params.application.health_path).status != 200:

@@ -208,7 +208,7 @@ def verify_schema(run: Run) -> StepResult:
         raise StepFailedError(f"production has {now}, the release has {expected}", remedy="let a DBA look")
     reads: dict[str, int] = {}
     with run.services.database.connect(
-        d.app_role, d.production, application=f"runbook {run.run_id}: critical reads"
+        d.app_role, d.production, application=f"{run.session_name}: critical reads"
     ) as session:
         session.execute("SELECT set_config('lock_timeout', %s, false)", (f"{round(d.lock_timeout_s * 1000)}ms",))
         session.execute("SELECT set_config('statement_timeout', '10s', false)")

@@ -272,7 +272,7 @@ def capacity(run: Run, artifact_name: str) -> tuple[dict[str, Any], Artifact]:
     """
     database = run.params.database
     with run.services.database.connect(
-        database.backup_role, database.production, application=f"runbook: capacity {run.run_id}"
+        database.backup_role, database.production, application=f"{run.session_name}: capacity"
     ) as connection:
         row = connection.execute("SELECT pg_database_size(current_database())").fetchone()
     dump_bytes = int(row[0]) if row else 0

@@ -6,19 +6,17 @@ Without a request (`runbook rollback RUN`, or a failed gate where the params say
 from __future__ import annotations
 
 import json
-import os
 from functools import partial
 
-from runbook_lib import maintenance, migration, outward
+from runbook_lib import lease, maintenance, migration, outward
 from runbook_lib.adapters import http, processes
-from runbook_lib.errors import PausedError, StepFailedError, StepInDoubtError
+from runbook_lib.errors import StepFailedError
 from runbook_lib.model import Recovery, Status, StepResult
 from runbook_lib.phases import deploy
 from runbook_lib.run import Run
 from runbook_lib.smoke import run_smoke
 from runbook_lib.step import step
 
-_ORPHAN_S = 5.0  # a kernel whose executor was killed ends itself within a second
 _LEFT_OVER_S = 1800.0  # the longest that a command of a killed executor is waited for
 
 
@@ -55,27 +53,14 @@ def let_interrupted_end(run: Run) -> None:
     """Wait for what a killed executor left running: what it still changes must be there to be seen and undone.
 
     Raises:
-        PausedError: the executor itself is alive.
-        StepInDoubtError: a command or a migration goes on, or ran where it cannot be looked at.
+        PausedError: the executor itself is alive, or ran where it cannot be looked at.
+        StepInDoubtError: a command or a migration goes on.
     """
     for key, now in run.state.steps.items():
         # Blocked: settling it gave up on something that was still at work then.
         if now.status not in (Status.RUNNING, Status.BLOCKED) or now.intent["phase"] == "rollback":
             continue
-        executor = now.intent["executor"]
-        if executor["pid"] != os.getpid() and not processes.gone_within(executor, _ORPHAN_S):
-            raise PausedError(
-                f"{key} is being run by process {executor['pid']} on {executor['host']} since {now.intent_time}",
-                remedy=f"end it, then runbook rollback {run.run_id}",
-            )
-        if executor["host"] != processes.me()["host"]:
-            why = f"it was started on {executor['host']}, which cannot be looked at from here"
-            if now.status is Status.RUNNING:  # only a blocked step can be settled by a person
-                run.ledger.append(run.run_id, "step_blocked", {"step": key, "attempt": now.attempt, "why": why})
-            raise StepInDoubtError(
-                f"{key} was started and never finished: {why}",
-                remedy=f"look there, then: runbook resolve {run.run_id} {key} --done | --not-done --as PERSON --key FILE",
-            )
+        lease.refuse_at_work(run, key, now.intent, now.intent_time)
         processes.wait_for_children(run.folder / now.intent["children"], timeout_s=_LEFT_OVER_S)
     if touched(run, "migrate.migrate_production"):
         migration.refuse_while_migrating(run)

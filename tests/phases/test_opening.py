@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 
 from runbook_lib import executor, wiring
+from runbook_lib.adapters import processes
 from runbook_lib.errors import PausedError, UsageError
 from runbook_lib.model import Status
 from runbook_lib.phases import prepare, review
-from tests.phases.conftest_backup import Opened, opened, twin  # noqa: F401  # fixtures
+from runbook_lib.run import Run
+from tests.phases.conftest_backup import PROJECT, Opened, opened, twin  # noqa: F401  # fixtures
 
 Open = Callable[..., Opened]
 
@@ -98,8 +103,53 @@ def test_a_settled_step_is_never_reset_by_a_slower_executor(opened: Open) -> Non
     assert one.run.state.step(key).status is Status.GREEN
 
 
+_HOLDER = """
+import sys
+from runbook_lib import lease, wiring
+with lease.held(wiring.attach(sys.argv[1])):
+    print("held", flush=True)
+    input()
+"""
+
+
+@contextmanager
+def held_by_another_process(run: Run) -> Iterator[subprocess.Popen[str]]:
+    """A process that has the run's lease."""
+    argv = (sys.executable, "-c", _HOLDER, run.run_id)
+    with subprocess.Popen(argv, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
 def test_one_executor_has_a_run(opened: Open) -> None:  # noqa: F811
     one = opened()
 
-    with executor._alone(one.run), pytest.raises(PausedError, match="taken on by process"):
+    with held_by_another_process(one.run) as holder, pytest.raises(PausedError, match=f"process {holder.pid} on"):
         executor.go(one.run)
+
+    assert [e.kind for e in one.run.ledger.events(one.run.run_id)][2:] == ["lease_taken"]
+
+
+def test_the_lease_of_a_process_that_died_passes_on(opened: Open) -> None:  # noqa: F811
+    one = opened()
+    with held_by_another_process(one.run) as holder:
+        holder.kill()
+        holder.wait()
+
+        assert prepare.confirm_candidate(one.run).status == "green"
+
+    assert one.run.state.epoch == 2
+    assert one.run.state.executor is None
+
+
+def test_a_process_on_another_machine_is_never_taken_for_dead(opened: Open) -> None:  # noqa: F811
+    one = opened()
+    elsewhere = {**processes.me(), "host": "another", "boot": "x", "start": 1}
+    wiring.attach(one.run.run_id).ledger.take_lease(one.run.run_id, elsewhere)
+
+    with pytest.raises(PausedError, match="on another, which cannot be looked at from here"):
+        prepare.confirm_candidate(one.run)
+
+    assert one.run.state.step(prepare.confirm_candidate.key()).status is Status.PENDING

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-import sqlite3
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
-from runbook_lib.errors import UsageError, VerificationError
+from runbook_lib.errors import FencedError, PausedError, UnavailableError, UsageError, VerificationError
 from runbook_lib.ledger import Ledger
 from runbook_lib.model import Status
 from runbook_lib.state import RunState
+from tests.ledgers import LedgerServer
 
 OPENED = {"opened_by": "robin", "environment": "rehearsal"}
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    made = Ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}")
+def ledger(ledger_url: str) -> Ledger:
+    made = Ledger(ledger_url)
     made.append("run-1", "run_opened", OPENED, environment="rehearsal")
     return made
 
 
-def raw(ledger: Ledger) -> sqlite3.Connection:
-    return sqlite3.connect(ledger.url.removeprefix("sqlite:///"))
+def as_an_intruder(ledger: Ledger, statement: str) -> None:
+    """Run SQL in the ledger's database behind the triggers."""
+    with ledger._engine.begin() as connection:
+        if connection.dialect.name == "sqlite":
+            for verb in ("update", "delete"):
+                connection.exec_driver_sql(f"DROP TRIGGER events_no_{verb}")
+        else:
+            connection.exec_driver_sql("SET session_replication_role = replica")
+        connection.exec_driver_sql(statement)
 
 
 @pytest.mark.parametrize("statement", ["UPDATE events SET data = '{}'", "DELETE FROM events"])
 def test_events_cannot_be_changed_or_removed(ledger: Ledger, statement: str) -> None:
-    with pytest.raises(sqlite3.IntegrityError, match="append-only"), raw(ledger) as connection:
-        connection.execute(statement)
+    with pytest.raises(sa.exc.DBAPIError, match="append-only"), ledger._engine.begin() as connection:
+        connection.exec_driver_sql(statement)
 
     assert len(ledger.events("run-1")) == 1
 
@@ -39,10 +48,8 @@ def test_events_cannot_be_changed_or_removed(ledger: Ledger, statement: str) -> 
 def test_an_event_changed_behind_the_triggers_breaks_the_chain(ledger: Ledger, column: str) -> None:
     ledger.append("run-1", "note", {"text": "a"})
     ledger.append("run-1", "note", {"text": "b"})
-    with raw(ledger) as connection:
-        connection.execute("DROP TRIGGER events_no_update")
-        value = '{"text":"c"}' if column == "data" else "x"
-        connection.execute(f"UPDATE events SET {column} = ? WHERE seq = 2", (value,))
+    value = '{"text":"c"}' if column == "data" else "x"
+    as_an_intruder(ledger, f"UPDATE events SET {column} = '{value}' WHERE seq = 2")
 
     with pytest.raises(VerificationError, match="event 2"):
         ledger.events("run-1")
@@ -51,9 +58,7 @@ def test_an_event_changed_behind_the_triggers_breaks_the_chain(ledger: Ledger, c
 def test_a_removed_event_breaks_the_chain(ledger: Ledger) -> None:
     for text in "ab":
         ledger.append("run-1", "note", {"text": text})
-    with raw(ledger) as connection:
-        connection.execute("DROP TRIGGER events_no_delete")
-        connection.execute("DELETE FROM events WHERE seq = 2")
+    as_an_intruder(ledger, "DELETE FROM events WHERE seq = 2")
 
     with pytest.raises(VerificationError):
         ledger.events("run-1")
@@ -67,6 +72,69 @@ def test_a_guard_that_raises_leaves_nothing_behind(ledger: Ledger) -> None:
         ledger.append("run-1", "note", {"text": "a"}, guard=refuse)
 
     assert len(ledger.events("run-1")) == 1
+
+
+def test_executors_epochs_rise_through_all_runs_of_an_environment(ledger: Ledger) -> None:
+    ledger.append("run-2", "run_opened", OPENED, environment="rehearsal")
+    ledger.append("run-3", "run_opened", {**OPENED, "environment": "production"}, environment="production")
+    epochs = []
+    for name in ("run-1", "run-2", "run-1", "run-3"):
+        mine = Ledger(ledger.url)
+        mine.take_lease(name, {"pid": 1})
+        mine.append(name, "note", {})
+        epochs.append(ledger.state(name).epoch)
+
+    assert epochs[:3] == sorted(set(epochs[:3]))
+    assert [e.data["epoch"] for e in ledger.events("run-1")] == [0, epochs[0], epochs[0], epochs[2], epochs[2]]
+
+
+def test_an_executor_whose_lease_passed_on_can_write_nothing(ledger: Ledger) -> None:
+    stalled, newer = Ledger(ledger.url), Ledger(ledger.url)
+    stalled.take_lease("run-1", {"pid": 1})
+    newer.take_lease("run-1", {"pid": 2})
+
+    with pytest.raises(FencedError, match="was taken over"):
+        stalled.append("run-1", "step_outcome", {"step": "x"})
+
+    newer.append("run-1", "note", {})
+
+
+def test_epochs_rise_though_the_clock_goes_back_and_a_new_ledger_is_above_an_older_one(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 86_400)
+    ledger.take_lease("run-1", {"pid": 1})
+    older = ledger.epoch or 0
+    monkeypatch.setattr(time, "time", lambda: now - 2 * 86_400)
+    ledger.take_lease("run-1", {"pid": 1})
+    assert (ledger.epoch or 0) > older
+
+    monkeypatch.setattr(time, "time", lambda: now)
+    ledger.take_lease("run-1", {"pid": 1})
+    assert (ledger.epoch or 0) >= now * 1000 - 1
+
+
+def test_many_executors_at_once_get_epochs_of_their_own(ledger: Ledger) -> None:
+    def take(_number: int) -> int:
+        mine = Ledger(ledger.url)
+        mine.take_lease("run-1", {"pid": 1})
+        return mine.epoch or 0
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(take, range(16)))) == 16
+
+
+def test_a_run_that_was_overtaken_in_its_environment_takes_a_new_epoch_first(ledger: Ledger) -> None:
+    ledger.append("run-2", "run_opened", OPENED, environment="rehearsal")
+    early, later = Ledger(ledger.url), Ledger(ledger.url)
+    early.take_lease("run-1", {"pid": 1})
+    later.take_lease("run-2", {"pid": 2})
+
+    with pytest.raises(PausedError, match="another run had rehearsal"):
+        early.take_lock("run-1", "rehearsal")
+
+    later.take_lock("run-2", "rehearsal")
 
 
 def test_only_one_of_many_runs_gets_the_environment(ledger: Ledger) -> None:
@@ -115,7 +183,44 @@ def test_an_unknown_run_is_a_users_mistake(ledger: Ledger) -> None:
         ledger.state("run-9")
 
 
-def test_sqlite_is_durable(ledger: Ledger) -> None:
+def test_sqlite_is_durable(tmp_path: Path) -> None:
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}")
     with ledger._engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+
+
+def test_processes_that_open_a_new_ledger_at_once_all_can(ledger_url: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda _: Ledger(ledger_url).runs() == [], range(16)))
+
+
+def test_a_writer_that_stops_in_the_middle_does_not_stop_the_others(ledger_server: LedgerServer) -> None:
+    url = ledger_server.new_ledger()
+    ledger = Ledger(f"{url}&options=-c%20idle_in_transaction_session_timeout%3D500ms")
+    ledger.append("run-1", "run_opened", OPENED, environment="rehearsal")
+    other = Ledger(url)
+    with ThreadPoolExecutor(1) as pool:
+
+        def stall(state: RunState) -> None:
+            pool.submit(other.append, "run-1", "note", {"text": "other"}).result(20)
+
+        with pytest.raises(UnavailableError):
+            ledger.append("run-1", "note", {"text": "stalled"}, guard=stall)
+
+    assert [e.data.get("text") for e in ledger.events("run-1")] == [None, "other"]
+
+
+def test_a_server_that_was_restarted_is_used_again(ledger_server: LedgerServer) -> None:
+    ledger = Ledger(ledger_server.new_ledger())
+    ledger.append("run-1", "run_opened", OPENED, environment="rehearsal")
+
+    ledger_server.restart()
+
+    ledger.append("run-1", "note", {})
+    assert len(ledger.events("run-1")) == 2
+    ledger_server.stop()
+    with pytest.raises(UnavailableError, match="cannot be used"):
+        ledger.events("run-1")
+    ledger_server.restart()
+    assert len(ledger.events("run-1")) == 2

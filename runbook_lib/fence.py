@@ -1,0 +1,229 @@
+"""The fence at the targets: an executor that was stopped, overtaken and woken up again can do nothing there.
+
+Every lease has an epoch, and every target keeps the highest that it has met. On a host that is a file, and all of
+Ansible's modules run through an interpreter that looks at it first, both under one lock: a newer executor waits until
+a module of the older one has ended, and none starts after that. In a database it is a setting, looked at under an
+advisory lock that is held while its schema or its roles are changed; a newer executor ends the session that holds it.
+In the object store nothing is written over: keys carry the run's id, and a put only makes what is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from runbook_lib.canonical import sha256
+from runbook_lib.errors import FencedError, PausedError, StepFailedError, StepInDoubtError
+from runbook_lib.model import Command
+from runbook_lib.run import Run
+
+# $1 the epoch, $2 who comes, $3 the interpreter behind the fence, $4 how long to wait for the lock in seconds. The
+# lock's file is never removed: a second file of that name would be a second lock.
+_RAISE = """
+set -eu
+umask 022
+command -v flock > /dev/null || { echo 'flock (util-linux) is not installed here' >&2; exit 69; }
+mkdir -p .runbook && cd .runbook
+exec 9>> lock
+flock -w "$4" 9 || { echo "still at work here: $(cat job 2> /dev/null)" >&2; exit 75; }
+known=$(cat epoch 2> /dev/null || echo 0)
+[ "$known" -le "$1" ] || { echo "a later executor was here (epoch $known, this one has $1)" >&2; exit 97; }
+cat > "python-$1.new" << EOF
+#!/bin/sh
+cd "$(pwd)" && exec 9>> lock && flock -w 300 9 || exit 75
+[ "\\$(cat epoch)" = "$1" ] || { echo 'a later executor was here: this one is stale' >&2; exit 97; }
+echo "$2, pid \\$\\$" > job
+cd "\\$OLDPWD" && exec $3 "\\$@"
+EOF
+chmod 755 "python-$1.new"
+mv "python-$1.new" "python-$1"
+for old in python-*; do [ "$old" = "python-$1" ] || rm -f "$old"; done
+printf '%s\\n' "$1" > epoch.new && mv epoch.new epoch
+"""
+_STALE, _AT_WORK = 97, 75
+_WAIT_S = 30.0
+_GRACE_S = 10.0
+# One lock in each database; the number is of no meaning, only hardly used by anybody else.
+_LOCK = int(sha256(b"runbook fence")[:15], 16)
+_SETTING = "runbook.epoch"
+
+
+def epoch(run: Run) -> int:
+    """The epoch that this process works under.
+
+    Raises:
+        FencedError: it is nobody's executor.
+    """
+    if run.ledger.epoch is None:
+        raise FencedError(
+            f"this process is not the executor of run {run.run_id}", remedy=f"runbook resume {run.run_id}"
+        )
+    return run.ledger.epoch
+
+
+# --- hosts -------------------------------------------------------------------------------------------------------
+
+
+def raise_on(run: Run, host: str) -> None:
+    """Make this executor's epoch the host's, and wait until a module that still runs there has ended.
+
+    Raises:
+        FencedError: a later executor was there.
+        StepInDoubtError: something of an earlier one still runs there.
+    """
+    python = run.params.all_hosts[host].python
+    words = ("sh", "-c", _RAISE, "sh", str(epoch(run)), run.run_id, python, f"{_WAIT_S:g}")
+    there = run.services.hosts[host].command(Command(words, timeout_s=_WAIT_S + 30, ok_exits=(0, _STALE, _AT_WORK)))
+    done = run.services.shell.run(there, name=f"fence-{host}")
+    if done.exit_code == _STALE:
+        raise FencedError(f"{host}: {done.tail(1)}", remedy=f"runbook status {run.run_id}")
+    if done.exit_code == _AT_WORK:
+        raise StepInDoubtError(f"{host}: {done.tail(1)}", remedy="wait for it, or end it there")
+
+
+def through(run: Run, command: Command, hosts: Sequence[str]) -> Command:
+    """The playbook with every module on these hosts behind the fence, which is raised first."""
+    for host in hosts:
+        raise_on(run, host)
+    pythons = {host: f"{run.services.hosts[host].home}/.runbook/python-{epoch(run)}" for host in hosts}
+    words = {"runbook_python": pythons, "ansible_python_interpreter": "{{ runbook_python[inventory_hostname] }}"}
+    *first, playbook = command.argv
+    return replace(command, argv=(*first, "--extra-vars", json.dumps(words), playbook))
+
+
+# --- databases ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def database(run: Run, name: str) -> Iterator[psycopg.Connection[Any]]:
+    """An administrator's session in a database, alone there among all executors while the body runs.
+
+    Raises:
+        FencedError: a later executor was there.
+        PausedError: another session has the lock.
+    """
+    d, mine = run.params.database, epoch(run)
+    with run.services.database.connect(d.admin_role, name, application=f"{run.session_name}: fence") as session:
+        session.execute("SELECT set_config('lock_timeout', '5s', false)")
+        try:
+            session.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
+        except psycopg.errors.LockNotAvailable as error:
+            raise PausedError(
+                f"another executor is at work in {name}: {_lock_holder(session)}", remedy="wait for it, then resume"
+            ) from error
+        known = _known_epoch(session, name)
+        if known > mine:
+            raise FencedError(
+                f"{name}: a later executor was here (epoch {known}, this one has {mine})",
+                remedy=f"runbook status {run.run_id}",
+            )
+        if known < mine:
+            setting = sql.SQL("ALTER DATABASE {} SET {} = {}")
+            session.execute(setting.format(sql.Identifier(name), sql.SQL(_SETTING), sql.Literal(str(mine))))
+        yield session
+
+
+def end_left_over(run: Run) -> int:
+    """End what this run's earlier executors left running in the server, after a grace; returns how many it were.
+
+    Their processes are gone: whatever goes on for them is rolled back in the end, or stands between two states, which
+    is for the step's probe to see. Sessions are told by the name that the run gives them.
+
+    Raises:
+        StepInDoubtError: one does not end; it is named.
+    """
+    d = run.params.database
+    with run.services.database.connect(
+        d.admin_role, d.maintenance, application=f"{run.session_name}: probe"
+    ) as session:
+        deadline = time.monotonic() + _GRACE_S
+        while (found := _at_work(run, session)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        for pid, application, query in found:
+            ended = session.execute("SELECT pg_terminate_backend(%s, 10000)", (pid,)).fetchone()
+            if ended != (True,):
+                raise StepInDoubtError(
+                    f"a session of this run is still at work in the database (pid {pid}, {application}: {query})",
+                    remedy="wait for it, or let a DBA end it",
+                )
+    return len(found)
+
+
+def _at_work(run: Run, session: psycopg.Connection[Any]) -> list[Any]:
+    return session.execute(
+        "SELECT pid, application_name, left(query, 80) FROM pg_stat_activity "
+        "WHERE starts_with(application_name, %s) AND state <> 'idle' AND pid <> pg_backend_pid()",
+        (run.session_name,),
+    ).fetchall()
+
+
+def _end_sessions(run: Run) -> None:
+    """End all of the run's sessions, at work or not."""
+    d = run.params.database
+    with run.services.database.connect(
+        d.admin_role, d.maintenance, application=f"{run.session_name}: takeover"
+    ) as session:
+        rows = session.execute(
+            "SELECT pid, pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
+            "WHERE starts_with(application_name, %s) AND pid <> pg_backend_pid()",
+            (run.session_name,),
+        ).fetchall()
+    left = [str(pid) for pid, ended in rows if not ended]
+    if left:
+        raise PausedError(f"sessions {', '.join(left)} do not end", remedy="let a DBA look")
+
+
+def _known_epoch(session: psycopg.Connection[Any], name: str) -> int:
+    row = session.execute(
+        "SELECT split_part(word, '=', 2) FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase, "
+        "unnest(s.setconfig) AS word WHERE d.datname = %s AND s.setrole = 0 AND split_part(word, '=', 1) = %s",
+        (name, _SETTING),
+    ).fetchone()
+    return int(row[0]) if row is not None else 0
+
+
+def _lock_holder(session: psycopg.Connection[Any]) -> str:
+    row = session.execute(
+        "SELECT a.pid, a.application_name FROM pg_locks l JOIN pg_stat_activity a USING (pid) "
+        "WHERE l.locktype = 'advisory' AND l.granted AND (l.classid::bigint << 32) | l.objid::bigint = %s",
+        (_LOCK,),
+    ).fetchone()
+    return "unknown" if row is None else f"{row[1]} (pid {row[0]})"
+
+
+# --- all of it ---------------------------------------------------------------------------------------------------
+
+
+def raise_everywhere(run: Run) -> list[str]:
+    """Shut an earlier executor out of every target of the environment; returns where it was.
+
+    Raises:
+        PausedError: a target could not be fenced; it is named, and those before it are fenced.
+    """
+    fenced: list[str] = []
+    d = run.params.database
+    targets: list[tuple[str, Any]] = [(f"sessions in {d.production} and {d.staging}", lambda: _end_sessions(run))]
+    targets += [(f"database {name}", lambda name=name: _raise_in(run, name)) for name in (d.production, d.staging)]
+    targets += [(f"host {host}", lambda host=host: raise_on(run, host)) for host in run.params.all_hosts]
+    for target, shut in targets:
+        try:
+            shut()
+        except (StepFailedError, PausedError) as error:
+            raise PausedError(
+                f"{target} could not be fenced: {error.message}; fenced so far: {', '.join(fenced) or 'nothing'}",
+                remedy="mend that, then the same command again",
+            ) from error
+        fenced.append(target)
+    return fenced
+
+
+def _raise_in(run: Run, name: str) -> None:
+    with database(run, name):
+        pass

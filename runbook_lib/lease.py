@@ -1,0 +1,163 @@
+"""One executor a run: who holds the lease, when it passes on, and how it is taken from who does not answer.
+
+The lease is an event in the ledger with an epoch that only rises. Whoever writes as an executor names its epoch inside
+the transaction, and the commands that it starts name it at their targets (`fence`). A process that is gone passes its
+lease on by itself, when that can be shown: on its own machine, by pid and start time. A process elsewhere, or one that
+is there and does not answer, is fenced first, by a person's explicit command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from runbook_lib import fence
+from runbook_lib.adapters import processes
+from runbook_lib.errors import FencedError, PausedError, UnavailableError, UsageError
+from runbook_lib.model import Status
+from runbook_lib.run import Run
+from runbook_lib.state import RunState
+
+# A kernel works under the lease of the executor that started it: "RUN:EPOCH".
+VARIABLE = "RUNBOOK_LEASE"
+# A kernel whose executor was killed notices within a second and ends itself.
+_ORPHAN_S = 5.0
+
+
+def inherited(run_id: str) -> int | None:
+    """The epoch that the parent process handed down for this run."""
+    run, _, epoch = os.environ.get(VARIABLE, "").rpartition(":")
+    return int(epoch) if run == run_id else None
+
+
+def handed_down(run: Run) -> dict[str, str]:
+    """The environment in which a child works under this process's lease."""
+    return {VARIABLE: f"{run.run_id}:{run.ledger.epoch}"}
+
+
+@contextmanager
+def held(run: Run) -> Iterator[None]:
+    """Be the run's executor for the length of the body; nothing happens when this process is it already.
+
+    Raises:
+        PausedError: another process is, or a takeover has not ended.
+    """
+    if run.ledger.epoch is not None:
+        yield
+        return
+    run.ledger.take_lease(run.run_id, processes.me(), guard=_refuse_held)
+    try:
+        yield
+    finally:
+        # What cannot be given back passes on all the same once this process is gone.
+        with contextlib.suppress(FencedError, UnavailableError, _EndedError):
+            run.ledger.append(run.run_id, "lease_released", {}, guard=_refuse_released)
+        run.ledger.epoch = None
+
+
+class _EndedError(Exception):
+    """The run has ended, and its lease with it."""
+
+
+def _refuse_released(state: RunState) -> None:
+    if state.executor is None:
+        raise _EndedError
+
+
+def _refuse_held(state: RunState) -> None:
+    holder = state.executor
+    if state.taking_over:
+        raise PausedError(
+            f"run {state.run_id} is being taken over, and its executor before is not fenced everywhere yet",
+            remedy=f"runbook takeover {state.run_id} --reason TEXT",
+        )
+    if holder is None or is_me(holder):
+        return
+    if not processes.is_here(holder):
+        raise PausedError(
+            f"run {state.run_id} was last taken on by {named(holder)}, which cannot be looked at from here",
+            remedy=f"end it there; if that machine is lost: runbook takeover {state.run_id} --reason TEXT",
+        )
+    if processes.alive(holder):
+        raise PausedError(
+            f"run {state.run_id} is being taken on by {named(holder)}",
+            remedy=f"runbook status {state.run_id}; end that process first if it must not go on",
+        )
+
+
+def take_over(run: Run, *, reason: str) -> list[str]:
+    """Take the lease from a process that does not give it back; returns the targets that it is shut out of.
+
+    From the first event on the ledger refuses what it writes. A process on this machine is ended, the lease of one
+    elsewhere is free once every target refuses it too; until then the run stays where it is, and the same command goes
+    on.
+
+    Raises:
+        UsageError: nobody has to be shut out.
+        PausedError: a target could not be fenced.
+    """
+
+    def needed(state: RunState) -> None:
+        if state.ended:
+            raise UsageError(f"run {run.run_id} has ended: {state.ended}", remedy="runbook list")
+        try:
+            _refuse_held(state)
+        except PausedError:
+            return
+        raise UsageError(f"nobody is at work on run {run.run_id}", remedy=f"runbook resume {run.run_id}")
+
+    state = run.state
+    before = state.executor
+    known = [before, *(s.intent["executor"] for s in state.steps.values() if s.status is Status.RUNNING)]
+    run.ledger.take_lease(run.run_id, processes.me(), kind="takeover_begun", guard=needed, reason=reason)
+    try:
+        for process in known:
+            if process is not None and not is_me(process):
+                _end(process)
+        fenced = fence.raise_everywhere(run)
+        run.ledger.append(run.run_id, "takeover_done", {"fenced": fenced, "from": dict(before or {})})
+    finally:
+        run.ledger.epoch = None
+    return fenced
+
+
+def _end(process: Mapping[str, Any]) -> None:
+    if processes.alive(process):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(int(process["pid"]), signal.SIGKILL)
+        if not processes.gone_within(process, _ORPHAN_S):
+            raise PausedError(f"{named(process)} could not be ended", remedy="end it as its user, then the same again")
+
+
+def is_me(process: Mapping[str, Any]) -> bool:
+    """True when this very process is meant."""
+    return dict(process) == processes.me()
+
+
+def named(process: Mapping[str, Any]) -> str:
+    """A process as people look for it."""
+    return f"process {process['pid']} on {process['host']}"
+
+
+def refuse_at_work(run: Run, key: str, intent: Mapping[str, Any], since: str) -> None:
+    """See that the process which wrote an intent without outcome is gone or fenced.
+
+    Raises:
+        PausedError: it is not, or nobody can tell.
+    """
+    executor = intent["executor"]
+    if is_me(executor) or run.state.fenced_below > intent.get("epoch", 0):
+        return
+    if not processes.gone_within(executor, _ORPHAN_S):
+        raise PausedError(
+            f"{key} is being run by {named(executor)} since {since}", remedy=f"runbook status {run.run_id}"
+        )
+    if not processes.is_here(executor):
+        raise PausedError(
+            f"{key} was started by {named(executor)}, which cannot be looked at from here",
+            remedy=f"end it there; if that machine is lost: runbook takeover {run.run_id} --reason TEXT",
+        )
