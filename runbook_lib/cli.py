@@ -8,7 +8,7 @@ from __future__ import annotations
 import json as json_module
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,6 +55,11 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         _say("runbook: interrupted. Next: runbook status, runbook resume RUN")
+        sys.exit(PausedError.exit_code)
+    except OSError as error:  # a full or read-only disk, no descriptor left: the machine's fault, not a bug
+        _say(
+            f"runbook: this machine: {error.strerror}: {error.filename or 'no file'}. Next: mend it, runbook resume RUN"
+        )
         sys.exit(PausedError.exit_code)
     except Exception as error:
         shown = getattr(error, "format_message", None)
@@ -196,6 +201,20 @@ def _progress(run: Run) -> Iterator[None]:
         tell()
 
 
+def _execute(run: Run, work: Callable[[], Outcome]) -> Outcome:
+    """Let the executor work, with progress; Ctrl-C and SIGTERM end it where it stands."""
+    import signal
+
+    from runbook_lib import executor
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with _progress(run):
+            return work()
+    except KeyboardInterrupt:
+        return executor.interrupted(run, say=_say)
+
+
 # --- rehearsal ---------------------------------------------------------------------------------------------------
 
 
@@ -288,12 +307,11 @@ def rehearse(
         draft = wiring.preview("rehearsal", wanted_version, settings=settings)
         wiring.refuse_second(draft)
         run = wiring.create(draft, plan=plan_of(draft), people_sign=True)
-        with _progress(run):
-            outcome = executor.go(run, wait=True)
-            if run.state.ended:
-                reviewed = executor.review(run)
-                if reviewed.exit_code:
-                    outcome = reviewed
+        outcome = _execute(run, lambda: executor.go(run, wait=True))
+        if run.state.ended:
+            reviewed = _execute(run, lambda: executor.review(run))
+            if reviewed.exit_code:
+                outcome = reviewed
         reached = run.state.status
         facts = _summary(run, outcome)
         good = reached == wanted_state
@@ -363,8 +381,7 @@ def run_command(
         wiring.refuse_second(draft)
     run = wiring.create(draft, plan=planned, opened_by=person)
     _say(f"run {run.run_id} opened by {run.state.opened['opened_by']}")
-    with _progress(run):
-        outcome = executor.go(run, wait=wait, until=until or None)
+    outcome = _execute(run, lambda: executor.go(run, wait=wait, until=until or None))
     _finish(run, outcome, json=json)
 
 
@@ -378,8 +395,7 @@ def resume(
     from runbook_lib import executor, wiring
 
     run = wiring.attach(run_id)
-    with _progress(run):
-        outcome = executor.go(run, wait=wait)
+    outcome = _execute(run, lambda: executor.go(run, wait=wait))
     _finish(run, outcome, json=json)
 
 
@@ -397,8 +413,8 @@ def rollback(
     if state.ended:
         raise UsageError(f"run {run_id} has ended: {state.ended}", remedy="runbook list")
     closed = bool(state.rejected_gate) or any(g.timed_out for g in state.gates.values())
-    with _progress(run):
-        outcome = executor.roll_back(run, reason or "asked for", cause=3 if closed else 1)
+    cause = 3 if closed else 1
+    outcome = _execute(run, lambda: executor.roll_back(run, reason or "asked for", cause=cause))
     _finish(run, outcome, json=json)
 
 
@@ -460,8 +476,7 @@ def review(run_id: Annotated[str, typer.Argument(metavar="RUN")], json: Json = F
     from runbook_lib import executor, wiring
 
     run = wiring.attach(run_id)
-    with _progress(run):
-        outcome = executor.review(run)
+    outcome = _execute(run, lambda: executor.review(run))
     _finish(run, outcome, json=json)
 
 
@@ -673,6 +688,33 @@ def resolve(
     _say(f"{step} is settled as {'done' if done else 'not done'}. Next: runbook resume {run_id}")
     if json:
         _print_json(recorded)
+
+
+@app.command()
+def fsck(run_id: Annotated[str, typer.Argument(metavar="[RUN]")] = "", json: Json = False) -> None:
+    """Check the ledger's invariants, of one run or of all; changes nothing, exits 4 when one is broken."""
+    from dataclasses import asdict
+
+    from runbook_lib import wiring
+    from runbook_lib.fsck import examine, examine_together
+
+    ledger = wiring.attach(run_id).ledger if run_id else wiring.ledger_of()
+    found = []
+    for name in [run_id] if run_id else ledger.run_ids():
+        events = ledger.unchecked(name)
+        found += examine(events, wiring.root() / "outputs" / str(events[0].data.get("environment", "")) / name)
+    if not run_id:
+        found += examine_together(ledger.runs())
+    ok = all(finding.ok for finding in found)
+    if json:
+        _print_json({"ok": ok, "findings": [asdict(finding) for finding in found]})
+    else:
+        for f in found:
+            said = "" if f.ok else f": {': '.join(word for word in (f.where, f.why) if word)}"
+            print(f"{'✔' if f.ok else '✖'} {f.run_id} {f.invariant}{said}")
+        if not ok:
+            print("next   keep the ledger and the folder as they are, and compare them with the mirror or the record")
+    raise typer.Exit(0 if ok else 4)
 
 
 # --- records and telemetry ---------------------------------------------------------------------------------------

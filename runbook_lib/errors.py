@@ -9,7 +9,8 @@ RunbookError                 exit code
 ├── VerificationError         4   the record is not what was sealed
 └── PausedError              75   waiting for people; resume goes on (EX_TEMPFAIL of sysexits.h)
     ├── StepInDoubtError     75   settle the step: runbook resolve
-    └── FencedError          75   another executor has the run: look who, runbook status
+    ├── FencedError          75   another executor has the run: look who, runbook status
+    └── LedgerUnavailableError 75 mend its disk or its server; what happened is asked of the targets then
 """
 
 from __future__ import annotations
@@ -79,3 +80,7 @@ class StepInDoubtError(PausedError):
 
 class FencedError(PausedError):
     """Another executor has the run: this one may not write, and its commands are refused at the targets."""
+
+
+class LedgerUnavailableError(PausedError):
+    """The ledger cannot be read or written: nothing is decided without it."""

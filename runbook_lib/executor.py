@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import shutil
-import tempfile
-import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runbook_lib import archive, gate, lease
+from runbook_lib.adapters import processes
 from runbook_lib.canonical import sync_folder, write_atomically
-from runbook_lib.errors import GateClosedError, PausedError, RunbookError, StepFailedError
+from runbook_lib.errors import GateClosedError, PausedError, RunbookError
+from runbook_lib.kernels import Kernels, Pulse
 from runbook_lib.model import Status
 from runbook_lib.phases import FORWARD, name_of, notebook_of, steps_of
 from runbook_lib.render import runs_index_html
 from runbook_lib.run import Run
 from runbook_lib.state import RunState
-
-# The kernel's first imports cost most of a second: done while the phase before still runs, and taken out of the
-# namespace again, so that the notebook starts empty.
-_AHEAD = "import runbook_lib.wiring, runbook_lib.phases; del runbook_lib"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,63 +30,6 @@ class Outcome:
     message: str
     phase: str
     gate: str | None = None
-
-
-class Kernels:
-    """One kernel is used while the next one starts; ipc sockets in a private folder, since TCP is open to all users."""
-
-    def __init__(self, cwd: Path, env: dict[str, str]) -> None:
-        self._cwd, self._env = cwd, env
-        self._folder = Path(tempfile.mkdtemp(prefix="rb-"))
-        self._thread: threading.Thread | None = None
-        self._next: Any = None
-        self._count = 0
-
-    def start_next(self) -> None:
-        """Begin to start a kernel in the background; nothing when one is waiting."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._start, daemon=True)
-            self._thread.start()
-
-    def _start(self) -> None:
-        from jupyter_client.manager import AsyncKernelManager
-
-        self._count += 1
-        name = self._folder / f"k{self._count}"
-        manager: Any = AsyncKernelManager(
-            kernel_name="python3", transport="ipc", ip=str(name), connection_file=f"{name}.json"
-        )
-        asyncio.run(
-            manager.start_kernel(
-                cwd=str(self._cwd),
-                env={**os.environ, **self._env},
-                extra_arguments=[f"--IPKernelApp.exec_lines={_AHEAD}", "--HistoryManager.enabled=False"],
-            )
-        )
-        self._next = manager
-
-    def take(self) -> Any:
-        """The kernel that was started ahead."""
-        self.start_next()
-        if self._thread is not None:
-            self._thread.join()
-        manager, self._next, self._thread = self._next, None, None
-        if manager is None:
-            raise StepFailedError("no kernel could be started", remedy="runbook doctor ENV")
-        return manager
-
-    @staticmethod
-    def end(manager: Any) -> None:
-        """Shut a kernel down."""
-        asyncio.run(manager.shutdown_kernel(now=True))
-
-    def close(self) -> None:
-        """End what was started ahead and remove the sockets."""
-        if self._thread is not None:
-            self._thread.join()
-        if self._next is not None:
-            self.end(self._next)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def go(run: Run, *, wait: bool = False, until: str | None = None) -> Outcome:
@@ -185,6 +124,28 @@ def _review(run: Run) -> Outcome:
     return Outcome(0, "the review is signed and stands beside the record", "review")
 
 
+def interrupted(run: Run, *, say: Callable[[str], None]) -> Outcome:
+    """What Ctrl-C or SIGTERM leaves: commands of the step go on and are waited for; a second one ends them.
+
+    Args:
+        say: tells people what is waited for.
+    """
+    state = run.state
+    doing = [(key, run.folder / s.intent["children"]) for key, s in state.steps.items() if s.status is Status.RUNNING]
+    at = ", ".join(key for key, _ in doing) or state.phase
+    for key, folder in doing:
+        if names := [name for name, _ in processes.children(folder)]:
+            say(f"{key}: {', '.join(names)} goes on and is waited for; Ctrl-C again ends it")
+        try:
+            while processes.children(folder):
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            for name, pid in processes.children(folder):
+                say(f"ending {name}")
+                processes.end_group(pid)
+    return Outcome(75, f"interrupted in {at}. Next: runbook resume {run.run_id}", state.phase)
+
+
 def end(run: Run, state: str, **why: Any) -> None:
     """Write the run's end, free the environment and seal the record.
 
@@ -274,6 +235,7 @@ def _run_phase(run: Run, phase: str, kernels: Kernels) -> Outcome | None:
     draft = run.scratch / "notebooks" / notebook_of(phase)
     draft.parent.mkdir(parents=True, exist_ok=True)
     said: Exception | None = None
+    pulse = Pulse(manager)
     try:
         papermill.execute_notebook(
             str(run.root / "runbooks" / notebook_of(phase)),
@@ -290,12 +252,13 @@ def _run_phase(run: Run, phase: str, kernels: Kernels) -> Outcome | None:
     except Exception as error:  # noqa: BLE001  # whatever papermill says, the ledger decides below
         said = error
     finally:
+        died = pulse.end()
         Kernels.end(manager)
-    _keep(run, draft, _notebook(run, phase))
+        _keep(run, draft, _notebook(run, phase))
     state = run.state
     if all(step.is_green(run, state) for step in steps_of(phase)):
         return None
-    return _why(run, phase, state, said)
+    return _why(run, phase, state, said, died)
 
 
 def _keep(run: Run, draft: Path, final: Path) -> None:
@@ -314,24 +277,29 @@ def _keep(run: Run, draft: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
-def _why(run: Run, phase: str, state: RunState, said: Exception | None) -> Outcome:
+def _why(run: Run, phase: str, state: RunState, said: Exception | None, died: str) -> Outcome:
     name, text = _named(said)
     waiting = next((s for s in steps_of(phase) if s.gate and not state.green(s.key())), None)
     others_green = waiting is not None and all(s.is_green(run, state) for s in steps_of(phase) if not s.gate)
     at = waiting.gate if waiting is not None and others_green else None
     if name == "GateClosedError":
         return Outcome(GateClosedError.exit_code, text, phase, at)
-    if name in ("PausedError", "StepInDoubtError"):
+    if name in _PAUSES:
         return Outcome(PausedError.exit_code, text, phase, at)
     if name == "UsageError" and not any(s.status is Status.FAILED for s in state.steps.values()):
         return Outcome(2, text, phase)
     doubt = [k for k, s in state.steps.items() if s.status in (Status.RUNNING, Status.BLOCKED)]
     if name == "DeadKernelError" or (doubt and name in ("KeyboardInterrupt", "CellTimeoutError")):
-        return Outcome(75, f"the kernel died in {', '.join(doubt) or phase}: nothing is guessed", phase)
+        return Outcome(75, f"the kernel {died} in {', '.join(doubt) or phase}: nothing is guessed", phase)
+    if isinstance(said, OSError):
+        return Outcome(75, f"this machine: {said.strerror}: {said.filename or 'no file'}", phase)
     if said is None:
         missing = [s.key() for s in steps_of(phase) if not s.is_green(run, state)]
         return Outcome(1, f"the notebook of {phase} ended, but the ledger has no green {', '.join(missing)}", phase)
     return Outcome(1, text, phase)
+
+
+_PAUSES = {"PausedError", *(error.__name__ for error in PausedError.__subclasses__())}
 
 
 def _named(said: Exception | None) -> tuple[str, str]:

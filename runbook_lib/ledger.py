@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from runbook_lib.canonical import canonical_json, sha256
-from runbook_lib.errors import FencedError, PausedError, UnavailableError, UsageError, VerificationError
+from runbook_lib.errors import FencedError, LedgerUnavailableError, PausedError, UsageError, VerificationError
 from runbook_lib.model import Event
 from runbook_lib.state import RunState, fold
 
@@ -120,7 +120,7 @@ class Ledger:
             yield
         except sa.exc.DBAPIError as error:
             said = " ".join(str(error.orig).split())
-            raise UnavailableError(
+            raise LedgerUnavailableError(
                 f"the ledger {sa.make_url(self.url).render_as_string()} cannot be used: {said}",
                 remedy="look at its disk, its server and its locks, then: runbook resume RUN",
             ) from error
@@ -147,7 +147,7 @@ class Ledger:
 
         Raises:
             FencedError: this process writes under a lease that has passed to another one; nothing was recorded.
-            UnavailableError: the database could not be written. Nothing was recorded, unless it was cut off while it
+            LedgerUnavailableError: the database could not be written. Nothing was recorded, unless it was cut off while it
                 answered: reading again tells.
         """
         with self._guarded(), self._engine.begin() as connection:
@@ -251,11 +251,7 @@ class Ledger:
 
     def runs(self, environment: str | None = None) -> list[RunState]:
         """All runs, newest first."""
-        query = sa.select(_events.c.run_id).where(_events.c.seq == 1).order_by(_events.c.id.desc())
-        if environment is not None:
-            query = query.where(_events.c.environment == environment)
-        with self._guarded(), self._engine.connect() as connection:
-            return [fold(self._read(connection, row.run_id)) for row in connection.execute(query).all()]
+        return [fold(self.unchecked(run_id)) for run_id in self.run_ids(environment)]
 
     def events(self, run_id: str) -> list[Event]:
         """A run's events, oldest first, with the chain checked.
@@ -263,10 +259,26 @@ class Ledger:
         Raises:
             VerificationError: a line was changed, removed or put in.
         """
-        with self._guarded(), self._engine.connect() as connection:
-            events = self._read(connection, run_id)
+        events = self.unchecked(run_id)
         check_chain(events)
         return events
+
+    def unchecked(self, run_id: str) -> list[Event]:
+        """A run's events as they lie there.
+
+        Raises:
+            VerificationError: a row is no event.
+        """
+        with self._guarded(), self._engine.connect() as connection:
+            return self._read(connection, run_id)
+
+    def run_ids(self, environment: str | None = None) -> list[str]:
+        """All runs' ids, newest first."""
+        query = sa.select(_events.c.run_id).where(_events.c.seq == 1).order_by(_events.c.id.desc())
+        if environment is not None:
+            query = query.where(_events.c.environment == environment)
+        with self._guarded(), self._engine.connect() as connection:
+            return [row.run_id for row in connection.execute(query)]
 
     def state(self, run_id: str) -> RunState:
         """Where a run stands.
@@ -282,9 +294,17 @@ class Ledger:
     @staticmethod
     def _read(connection: sa.Connection, run_id: str) -> list[Event]:
         rows = connection.execute(sa.select(_events).where(_events.c.run_id == run_id).order_by(_events.c.seq))
-        return [
-            Event(row.run_id, row.seq, row.time, row.kind, json.loads(row.data), row.prev, row.hash) for row in rows
-        ]
+        try:
+            events = [
+                Event(row.run_id, row.seq, row.time, row.kind, json.loads(row.data), row.prev, row.hash) for row in rows
+            ]
+        except (ValueError, TypeError) as error:
+            raise VerificationError(
+                f"a row of run {run_id} is no event: {error}", remedy="keep the ledger as it is; runbook fsck"
+            ) from error
+        if events:
+            check_format(events[0].data.get("format", 1), f"run {run_id}")
+        return events
 
     @staticmethod
     def _environment(connection: sa.Connection, run_id: str) -> str:
@@ -298,6 +318,19 @@ def _chained(last: Event | None, run_id: str, kind: str, data: Mapping[str, Any]
         data = {**data, "format": _FORMAT}
     draft = Event(run_id, seq, utc_now(), kind, data, prev, "")
     return Event(run_id, seq, draft.time, kind, data, prev, sha256(canonical_json(draft.body())))
+
+
+def check_format(number: Any, what: str) -> None:
+    """Refuse what a later version wrote: its words may mean something else.
+
+    Raises:
+        UsageError: naming both formats.
+    """
+    if number != _FORMAT:
+        raise UsageError(
+            f"{what} is written in format {number!r}, this version reads format {_FORMAT}",
+            remedy="use the version of runbook that wrote it",
+        )
 
 
 def check_chain(events: Iterable[Event]) -> None:

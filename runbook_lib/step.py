@@ -23,7 +23,14 @@ from typing import Any
 from runbook_lib import fence, lease
 from runbook_lib.adapters import processes
 from runbook_lib.canonical import digest
-from runbook_lib.errors import PausedError, RunbookError, StepFailedError, StepInDoubtError
+from runbook_lib.errors import (
+    FencedError,
+    LedgerUnavailableError,
+    PausedError,
+    RunbookError,
+    StepFailedError,
+    StepInDoubtError,
+)
 from runbook_lib.model import Recovery, Status, StepResult
 from runbook_lib.run import Run
 from runbook_lib.state import RunState, StepState
@@ -197,6 +204,8 @@ class Step:
         with _attempting(Attempt(key, number, folder)):
             try:
                 result = self.action(*arguments)
+            except (FencedError, LedgerUnavailableError):
+                raise  # what was done meanwhile is not known to the ledger: the intent stands, and the probe will say
             except PausedError:
                 self._write(run, "step_reset", {"step": key, "attempt": number, "why": "paused"})
                 raise

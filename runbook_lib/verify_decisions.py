@@ -24,7 +24,7 @@ _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 _FOLDER = "decisions/"
 _SIGN_OFF = {"backup": "backup.sign_off", "migration": "migrate.sign_off", "release": "verify.sign_off"}
 # Phases that lie behind each gate: what the playbook's "no step continues" means.
-_BEHIND = {
+BEHIND = {
     "backup": ("begin", "migrate", "deploy", "verify", "complete"),
     "migration": ("deploy", "verify", "complete"),
     "release": ("complete",),
@@ -169,13 +169,13 @@ class Decisions:
                 raise VerificationError(
                     f"event {opened.seq}: gate {opened.data['gate']} was not opened by the parameters' rule"
                 )
-        done = {name: self._approved_at(name) for name in _BEHIND}
-        missing = ", ".join(name for name in _BEHIND if self._approved_at(name, newest=True) is None)
+        done = {name: self._approved_at(name) for name in BEHIND}
+        missing = ", ".join(name for name in BEHIND if self._approved_at(name, newest=True) is None)
         if self.state.ended == "completed" and missing:
             raise VerificationError(f"the run is completed without a standing gate {missing}")
         for event in self._kind("step_intent"):
             phase = str(event.data["step"]).partition(".")[0]
-            for name, phases in _BEHIND.items():
+            for name, phases in BEHIND.items():
                 seq = done[name]
                 if phase in phases and (seq is None or seq > event.seq):
                     raise VerificationError(

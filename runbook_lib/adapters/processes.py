@@ -115,6 +115,18 @@ def wait_for_children(folder: Path, *, timeout_s: float) -> None:
             _wait_group(pid, deadline, record)
 
 
+def children(folder: Path) -> list[tuple[str, int]]:
+    """The commands recorded in a step's folder that still run: their names, and their process groups."""
+    found = []
+    for record in sorted(folder.rglob("*.pid")):
+        words = record.read_text().split()
+        if len(words) == 3 and words[2] == boot_id() and not record.with_suffix(".exit").exists():
+            pid = int(words[0])
+            if group_members(pid) and start_time(pid) in (int(words[1]), None):
+                found.append((record.stem, pid))
+    return found
+
+
 def end_group(pid: int, *, grace_s: float = 5.0) -> None:
     """Ask a process group to end, then end it."""
     for sig, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, grace_s)):

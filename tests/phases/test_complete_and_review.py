@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from runbook_lib import maintenance
+from runbook_lib import lease, maintenance
 from runbook_lib.errors import StepFailedError
 from runbook_lib.model import Event
 from runbook_lib.phases import complete, prepare, review
@@ -43,7 +43,8 @@ def _changelog(one: Opened) -> str:
 @pytest.mark.soak
 def test_both_phases(running: Opened) -> None:
     run = running.run
-    maintenance.turn_on(run)
+    with lease.held(run):
+        maintenance.turn_on(run)
     assert maintenance.is_on(run)
 
     for step in complete.STEPS:
@@ -74,7 +75,8 @@ def test_red_smoke_after_lifting_closes_the_door_again(opened: Open) -> None:  #
             complete.smoke_after_lifting(one.run)
         assert maintenance.is_on(one.run)
     finally:
-        maintenance.turn_off(one.run)
+        with lease.held(one.run):
+            maintenance.turn_off(one.run)
 
 
 def test_lifting_what_was_lifted_before_the_watch(running: Opened) -> None:

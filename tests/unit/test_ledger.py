@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from runbook_lib.errors import FencedError, PausedError, UnavailableError, UsageError, VerificationError
+from runbook_lib.errors import FencedError, LedgerUnavailableError, PausedError, UsageError, VerificationError
 from runbook_lib.ledger import Ledger
 from runbook_lib.model import Status
 from runbook_lib.state import RunState
@@ -205,7 +205,7 @@ def test_a_writer_that_stops_in_the_middle_does_not_stop_the_others(ledger_serve
         def stall(state: RunState) -> None:
             pool.submit(other.append, "run-1", "note", {"text": "other"}).result(20)
 
-        with pytest.raises(UnavailableError):
+        with pytest.raises(LedgerUnavailableError):
             ledger.append("run-1", "note", {"text": "stalled"}, guard=stall)
 
     assert [e.data.get("text") for e in ledger.events("run-1")] == [None, "other"]
@@ -220,7 +220,7 @@ def test_a_server_that_was_restarted_is_used_again(ledger_server: LedgerServer) 
     ledger.append("run-1", "note", {})
     assert len(ledger.events("run-1")) == 2
     ledger_server.stop()
-    with pytest.raises(UnavailableError, match="cannot be used"):
+    with pytest.raises(LedgerUnavailableError, match="cannot be used"):
         ledger.events("run-1")
     ledger_server.restart()
     assert len(ledger.events("run-1")) == 2

@@ -1,0 +1,209 @@
+"""Looks whether a run's ledger and folder can be what the executor's rules leave behind; changes nothing.
+
+Verification asks whether a sealed record is what was sealed. This asks, of any run at any time, whether the story in
+the ledger is one that can have happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runbook_lib.canonical import sha256_file
+from runbook_lib.errors import VerificationError
+from runbook_lib.ledger import check_chain
+from runbook_lib.model import Event
+from runbook_lib.state import RunState
+from runbook_lib.verify_decisions import BEHIND
+
+_STEP_ENDS = ("step_outcome", "step_reset", "step_blocked")
+_LEASES = ("lease_taken", "takeover_begun")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One invariant of one run: whether it holds; if not, where and why."""
+
+    run_id: str
+    invariant: str
+    ok: bool
+    where: str = ""
+    why: str = ""
+
+
+class _BrokenError(Exception):
+    """An event that breaks the invariant that is looked at."""
+
+    def __init__(self, event: Event, why: str) -> None:
+        super().__init__(why)
+        self.where, self.why = f"event {event.seq} ({event.kind})", why
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """A step's last attempt, as the events tell it."""
+
+    number: int = 0
+    inputs: str = ""
+    last: str = "none"  # intent, green, failed, reset, blocked
+
+
+@dataclass(slots=True)
+class _Story:
+    """What has been told up to an event."""
+
+    attempts: dict[str, _Attempt] = field(default_factory=dict)
+    decisions: dict[str, tuple[str, int]] = field(default_factory=dict)  # digest of an approval -> gate, round
+    rounds: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    epoch: int = 0
+
+
+def examine(events: Sequence[Event], folder: Path) -> list[Finding]:
+    """Check a run's invariants.
+
+    Args:
+        events: all of its events, oldest first, the chain not checked yet.
+        folder: the run's folder.
+    """
+    run_id = events[0].run_id
+    checks: tuple[tuple[str, Callable[[], None]], ...] = (
+        ("the chain is unbroken", lambda: _chain(events)),
+        ("an intent before each effect, one live attempt a step", lambda: _told(events, _step_order)),
+        ("green once per step and input", lambda: _told(events, _green_once)),
+        ("every intent behind its gates", lambda: _told(events, _gates_first)),
+        ("epochs never fall", lambda: _told(events, _epochs)),
+        ("every artifact is there with its digest", lambda: _artifacts(events, folder)),
+    )
+    findings = []
+    for invariant, check in checks:
+        try:
+            check()
+        except _BrokenError as error:
+            findings.append(Finding(run_id, invariant, ok=False, where=error.where, why=error.why))
+        except VerificationError as error:
+            findings.append(Finding(run_id, invariant, ok=False, why=error.message))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            findings.append(Finding(run_id, invariant, ok=False, why=f"an event cannot be read: {error!r}"))
+        else:
+            findings.append(Finding(run_id, invariant, ok=True))
+    return findings
+
+
+def examine_together(states: Iterable[RunState]) -> list[Finding]:
+    """Check what no run can show alone: each environment has one live run at most."""
+    findings = []
+    live: dict[str, list[str]] = {}
+    for state in states:
+        holders = live.setdefault(state.opened["environment"], [])
+        if state.locked and not state.ended:
+            holders.append(state.run_id)
+    for environment, holders in sorted(live.items()):
+        why = "" if len(holders) < 2 else f"held by {', '.join(holders)}"
+        findings.append(Finding("", f"one live run in {environment}", ok=not why, where=environment, why=why))
+    return findings
+
+
+def _chain(events: Sequence[Event]) -> None:
+    check_chain(events)
+    if events[0].kind != "run_opened":
+        raise _BrokenError(events[0], "a run begins with its opening")
+
+
+def _told(events: Sequence[Event], check: Callable[[_Story, Event], None]) -> None:
+    """Tell the story event by event; the check sees each with what came before it."""
+    story = _Story()
+    for event in events:
+        check(story, event)
+        data = event.data
+        if event.kind == "step_intent":
+            story.attempts[data["step"]] = _Attempt(data["attempt"], data.get("inputs", ""), "intent")
+        elif event.kind in _STEP_ENDS:
+            known = story.attempts.setdefault(data["step"], _Attempt(data["attempt"]))
+            known.last = data["status"] if event.kind == "step_outcome" else event.kind.removeprefix("step_")
+        elif event.kind == "gate_opened":
+            story.rounds[data["gate"]] = data
+        elif event.kind == "gate_decision" and data["decision"] == "approve":
+            story.decisions[data["sha256"]] = (data["gate"], data["round"])
+        story.epoch = max(story.epoch, data.get("epoch", 0))
+
+
+def _step_order(story: _Story, event: Event) -> None:
+    data = event.data
+    known = story.attempts.get(data.get("step", ""), _Attempt())
+    if event.kind == "step_intent":
+        if known.last in ("intent", "blocked", "green"):
+            raise _BrokenError(event, f"{data['step']} starts while its attempt {known.number} is {known.last}")
+        if data["attempt"] != known.number + 1:
+            raise _BrokenError(event, f"{data['step']} attempt {data['attempt']} follows attempt {known.number}")
+    elif event.kind in _STEP_ENDS:
+        # A green gate whose evidence changed is put back; a blocked step is settled by a signed statement.
+        open_for = ("intent", "blocked", "green") if event.kind == "step_reset" else ("intent", "blocked")
+        if known.last not in open_for or known.number != data["attempt"]:
+            raise _BrokenError(
+                event, f"{data['step']} attempt {data['attempt']} ends without an intent: it was {known.last}"
+            )
+
+
+def _green_once(story: _Story, event: Event) -> None:
+    if event.kind == "step_outcome" and event.data["status"] == "green":
+        known = story.attempts.get(event.data["step"], _Attempt())
+        if known.last == "green":
+            raise _BrokenError(
+                event, f"{event.data['step']} was green before, with the same inputs {known.inputs[:12]}"
+            )
+
+
+def _gates_first(story: _Story, event: Event) -> None:
+    if event.kind != "step_intent":
+        return
+    phase = event.data["step"].partition(".")[0]
+    for gate, phases in BEHIND.items():
+        if phase in phases and gate not in event.data.get("gates", {}):
+            raise _BrokenError(event, f"{event.data['step']} starts without gate {gate}")
+    for gate, digests in event.data.get("gates", {}).items():
+        asked = story.rounds.get(gate)
+        if asked is None:
+            raise _BrokenError(event, f"{event.data['step']} starts before gate {gate} was asked")
+        standing = {d for d in digests if story.decisions.get(d) == (gate, asked["round"])}
+        if len(standing) < max(1, asked["quorum"]):
+            raise _BrokenError(
+                event,
+                f"{event.data['step']} starts with {len(standing)} of {asked['quorum']} approvals of gate {gate}",
+            )
+
+
+def _epochs(story: _Story, event: Event) -> None:
+    epoch = event.data.get("epoch", 0)
+    if epoch < story.epoch:
+        raise _BrokenError(event, f"epoch {epoch} after epoch {story.epoch}")
+    if epoch > story.epoch and event.kind not in _LEASES:
+        raise _BrokenError(event, f"epoch {epoch} that no executor was given")
+    if epoch == story.epoch and event.kind in _LEASES:
+        raise _BrokenError(event, f"epoch {epoch} was given twice")
+
+
+def _artifacts(events: Sequence[Event], folder: Path) -> None:
+    """The newest mention of a path counts: a later attempt, or a later round, writes it anew."""
+    named: dict[str, tuple[str, Event]] = {}
+    for event in events:
+        for path, digest in _named_in(event):
+            named[path] = (digest, event)
+    for path, (digest, event) in sorted(named.items()):
+        file = folder / path
+        if not file.is_file():
+            raise _BrokenError(event, f"{path} is not there")
+        if sha256_file(file) != digest:
+            raise _BrokenError(event, f"{path} is not what the event names")
+
+
+def _named_in(event: Event) -> list[tuple[str, str]]:
+    data = event.data
+    found = [(a["path"], a["sha256"]) for a in data.get("result", {}).get("artifacts", [])]
+    found += [(data[key]["path"], data[key]["sha256"]) for key in ("artifact", "evidence") if key in data]
+    if "statement" in data and "signature_sha256" in data:
+        found += [(data["statement"], data["sha256"]), (data["statement"] + ".sig", data["signature_sha256"])]
+    if event.kind == "run_opened" and "params_sha256" in data:
+        found.append(("params.json", data["params_sha256"]))
+    return found

@@ -1,0 +1,182 @@
+"""A ledger that cannot have happened is noticed, and the invariant that it breaks is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runbook_lib.canonical import canonical_json, sha256
+from runbook_lib.fsck import examine, examine_together
+from runbook_lib.ledger import GENESIS
+from runbook_lib.model import Event
+from runbook_lib.state import fold
+
+ORDER = "an intent before each effect, one live attempt a step"
+ONCE = "green once per step and input"
+GATES = "every intent behind its gates"
+EPOCHS = "epochs never fall"
+ARTIFACTS = "every artifact is there with its digest"
+CHAIN = "the chain is unbroken"
+
+Told = tuple[str, Mapping[str, Any]]
+
+
+def chained(told: list[Told], run_id: str = "run-1") -> list[Event]:
+    events: list[Event] = []
+    prev = GENESIS
+    for seq, (kind, data) in enumerate(told, 1):
+        draft = Event(run_id, seq, "2026-01-01T00:00:00.000000Z", kind, data, prev, "")
+        prev = sha256(canonical_json(draft.body()))
+        events.append(Event(run_id, seq, draft.time, kind, data, draft.prev, prev))
+    return events
+
+
+def intent(step: str, attempt: int = 1, epoch: int = 1, **more: Any) -> Told:
+    return "step_intent", {
+        "step": step,
+        "attempt": attempt,
+        "phase": step.partition(".")[0],
+        "inputs": "i",
+        "epoch": epoch,
+        **more,
+    }
+
+
+def outcome(
+    step: str, attempt: int = 1, epoch: int = 1, status: str = "green", artifacts: tuple[Any, ...] = ()
+) -> Told:
+    result = {"facts": {}, "artifacts": list(artifacts), "verdict": "green", "title": "", "status": status}
+    return "step_outcome", {"step": step, "attempt": attempt, "status": status, "epoch": epoch, "result": result}
+
+
+OPENED: Told = ("run_opened", {"environment": "rehearsal", "opened_by": "robin", "epoch": 0})
+LEASE: Told = ("lease_taken", {"epoch": 1, "executor": {"pid": 1}})
+ASKED: Told = (
+    "gate_opened",
+    {
+        "gate": "backup",
+        "round": 1,
+        "quorum": 1,
+        "epoch": 1,
+        "nonce": "n",
+        "opened_epoch_s": 1.0,
+        "evidence": {"path": "evidence.json", "sha256": sha256(b"{}")},
+    },
+)
+APPROVED: Told = (
+    "gate_decision",
+    {"gate": "backup", "round": 1, "decision": "approve", "person": "ada", "sha256": "d1", "epoch": 1},
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "evidence.json").write_text("{}")
+    (tmp_path / "dump.json").write_text("dump")
+    return tmp_path
+
+
+def sound_story() -> list[Told]:
+    artifact = {"path": "dump.json", "sha256": sha256(b"dump"), "size_bytes": 4}
+    return [
+        OPENED,
+        LEASE,
+        intent("prepare.freeze"),
+        ("step_reset", {"step": "prepare.freeze", "attempt": 1, "why": "not applied", "epoch": 1}),
+        intent("prepare.freeze", 2),
+        outcome("prepare.freeze", 2),
+        intent("backup.dump"),
+        outcome("backup.dump", artifacts=(artifact,)),
+        ASKED,
+        APPROVED,
+        ("lease_released", {"epoch": 1}),
+        ("lease_taken", {"epoch": 4, "executor": {"pid": 2}}),
+        intent("begin.fence", epoch=4, gates={"backup": ["d1"]}),
+        ("step_blocked", {"step": "begin.fence", "attempt": 1, "why": "unknown", "epoch": 4}),
+        outcome("begin.fence", epoch=4),
+        ("something_of_a_later_version", {"epoch": 4}),
+    ]
+
+
+def broken(events: list[Event], folder: Path) -> set[str]:
+    return {finding.invariant for finding in examine(events, folder) if not finding.ok}
+
+
+def test_a_story_that_can_have_happened_is_sound(folder: Path) -> None:
+    assert broken(chained(sound_story()), folder) == set()
+
+
+def replaced(at: int, *new: Told) -> Callable[[list[Told]], list[Told]]:
+    return lambda told: [*told[:at], *new, *told[at + 1 :]]
+
+
+def dropped(at: int) -> Callable[[list[Told]], list[Told]]:
+    return replaced(at)
+
+
+def added(*new: Told) -> Callable[[list[Told]], list[Told]]:
+    return lambda told: [*told, *new]
+
+
+@pytest.mark.parametrize(
+    ("change", "invariant"),
+    [
+        pytest.param(dropped(0), CHAIN, id="no opening"),
+        pytest.param(dropped(6), ORDER, id="an outcome without its intent"),
+        pytest.param(added(outcome("deploy.x", epoch=4)), ORDER, id="an effect that nobody meant"),
+        pytest.param(dropped(3), ORDER, id="a second attempt while the first is open"),
+        pytest.param(replaced(4, intent("prepare.freeze", 3)), ORDER, id="an attempt was left out"),
+        pytest.param(replaced(5, outcome("prepare.freeze", 1)), ORDER, id="the end of another attempt"),
+        pytest.param(
+            added(("step_reset", {"step": "x.y", "attempt": 1, "why": "", "epoch": 4})), ORDER, id="a reset of nothing"
+        ),
+        pytest.param(added(outcome("backup.dump", epoch=4)), ONCE, id="green twice"),
+        pytest.param(dropped(9), GATES, id="no approval"),
+        pytest.param(dropped(8), GATES, id="a gate that was never asked"),
+        pytest.param(replaced(12, intent("begin.fence", epoch=4)), GATES, id="a step without its gate"),
+        pytest.param(
+            replaced(9, ("gate_decision", {**APPROVED[1], "round": 2})), GATES, id="an approval of another round"
+        ),
+        pytest.param(replaced(9, ("gate_decision", {**APPROVED[1], "decision": "reject"})), GATES, id="a rejection"),
+        pytest.param(replaced(8, ("gate_opened", {**ASKED[1], "quorum": 2})), GATES, id="one approval of two"),
+        pytest.param(replaced(15, ("note", {"epoch": 1})), EPOCHS, id="a stale executor wrote"),
+        pytest.param(replaced(15, ("note", {"epoch": 9})), EPOCHS, id="an epoch that nobody was given"),
+        pytest.param(added(("lease_taken", {"epoch": 4, "executor": {}})), EPOCHS, id="an epoch twice"),
+    ],
+)
+def test_what_cannot_have_happened_is_named(
+    folder: Path, change: Callable[[list[Told]], list[Told]], invariant: str
+) -> None:
+    assert invariant in broken(chained(change(sound_story())), folder)
+
+
+@pytest.mark.parametrize("file", ["dump.json", "evidence.json"])
+def test_a_file_that_is_gone_or_changed_is_named(folder: Path, file: str) -> None:
+    (folder / file).write_text("other")
+    assert broken(chained(sound_story()), folder) == {ARTIFACTS}
+    (folder / file).unlink()
+    findings = [f for f in examine(chained(sound_story()), folder) if not f.ok]
+    assert [f.why for f in findings] == [f"{file} is not there"]
+
+
+@given(st.integers(0, 15), st.sampled_from(["time", "kind", "data", "prev", "hash"]))
+def test_any_changed_field_breaks_the_chain(at: int, name: str) -> None:
+    events = chained(sound_story())
+    changed = {"data": {**events[at].data, "x": 1}}.get(name, "x")
+    events[at] = Event(**{**{k: getattr(events[at], k) for k in Event.__slots__}, name: changed})
+
+    assert CHAIN in broken(events, Path("/nowhere"))
+
+
+def test_an_environment_has_one_live_run() -> None:
+    states = [
+        fold(chained([OPENED, ("lock_taken", {"environment": "rehearsal"})], name)) for name in ("run-1", "run-2")
+    ]
+
+    assert [f.ok for f in examine_together(states[:1])] == [True]
+    assert [f.why for f in examine_together(states)] == ["held by run-1, run-2"]
