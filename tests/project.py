@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runbook_lib.ledger import Ledger
+from runbook_lib.state import RunState
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -66,6 +69,9 @@ class Project:
         folder = self.root / "outputs" / "rehearsal"
         return sorted(p for p in folder.glob("2*") if p.is_dir()) if folder.is_dir() else []
 
+    def state(self, run_id: str) -> RunState:
+        return Ledger(f"sqlite:///{self.root / 'outputs' / 'ledger.sqlite'}").state(run_id)
+
     def approve(
         self, run_id: str, gate: str, person: str, *, key_of: str | None = None
     ) -> subprocess.CompletedProcess[str]:
@@ -82,3 +88,16 @@ def wait_until(look: Callable[[], object], what: str, seconds: float = 120) -> N
     while not look():
         assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
         time.sleep(0.05)
+
+
+def alive(pattern: str) -> list[int]:
+    """Pids of processes whose command line holds a text, other than this one."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if pattern.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found

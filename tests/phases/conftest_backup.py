@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -139,16 +138,3 @@ def slow_tools(twin: dict[str, Any], tmp_path: Path) -> Callable[[str, str], Pat
         return folder
 
     return make
-
-
-def alive(pattern: str) -> list[int]:
-    """Pids of processes whose command line holds a text, other than this one."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                if pattern.encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from botocore.config import Config
 
-from tests.project import Project, wait_until
+from tests.project import Project, alive, wait_until
 
 HELD = ("pg_dump", "dbmate", "ansible-playbook")
 
@@ -102,12 +102,17 @@ def test_ctrl_c_pauses_the_run_and_a_second_executor_is_told_who_has_it(project:
     run_id = project.runs()[-1].name
 
     second = project.runbook("resume", run_id)
-    executor.send_signal(signal.SIGINT)
+    executor.send_signal(signal.SIGINT)  # the dump goes on, and is waited for
+    wait_until(lambda: project.state(run_id).executor is None, "the lease given back")
+    still_there = executor.poll() is None
+    executor.send_signal(signal.SIGTERM)  # ends it
     code = executor.wait(60)
+    running = alive("pg_dump --format=custom")
     tools.release("pg_dump")
 
     assert (second.returncode, f"by process {executor.pid}" in second.stderr) == (75, True), second.stderr
-    assert code == 75
+    assert (still_there, code, running) == (True, 75, [])
+    assert project.state(run_id).step("backup.dump_database").status == "running"
     done = project.runbook("abort", run_id, "--reason", "interrupted on purpose")
     assert done.returncode == 0, done.stderr
 
