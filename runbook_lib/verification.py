@@ -18,7 +18,7 @@ from typing import Any
 from runbook_lib import signatures
 from runbook_lib.canonical import canonical_json, sha256, sha256_file
 from runbook_lib.errors import RunbookError, VerificationError
-from runbook_lib.ledger import GENESIS, check_chain
+from runbook_lib.ledger import GENESIS, check_chain, check_format
 from runbook_lib.model import Event
 from runbook_lib.pages import epoch_s, visible
 from runbook_lib.state import RunState, fold
@@ -168,6 +168,8 @@ def verify(record: Path, trust: Path) -> list[Check]:
     _check_files(found, "", tree, statement)
     with found.part("ledger", LEDGER):
         events = _ledger(tree, GENESIS, 0)
+        if events:
+            check_format(events[0].data.get("format", 1), "the record")
         check_chain(events)
     state = RunState()
     with found.part("ledger and statement agree", LEDGER):

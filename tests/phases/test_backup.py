@@ -17,7 +17,8 @@ from runbook_lib import backup_files, restore
 from runbook_lib.errors import PausedError, StepFailedError, StepInDoubtError
 from runbook_lib.model import Command, Status
 from runbook_lib.phases import backup, prepare
-from tests.phases.conftest_backup import Opened, alive, opened, slow_tools, twin  # noqa: F401  # fixtures
+from tests.phases.conftest_backup import Opened, opened, slow_tools, twin  # noqa: F401  # fixtures
+from tests.project import alive
 
 Open = Callable[..., Opened]
 Tools = Callable[[str, str], Path]
