@@ -82,8 +82,12 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _arm(key: str, point: Point | None, counter: int) -> None:
-    """Count the deeds between the step's intent and its outcome, and die where the point says."""
+def _stall() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _arm(key: str, point: Point | None, counter: int, end: Callable[[], None]) -> None:
+    """Count the deeds between the step's intent and its outcome, and end where the point says."""
     from runbook_lib.ledger import Ledger
 
     append = Ledger.append
@@ -95,10 +99,10 @@ def _arm(key: str, point: Point | None, counter: int) -> None:
             within["it"] = False
             os.pwrite(counter, str(within["deeds"]).encode().ljust(12), 0)
         if mine and point is not None and point.kind == kind and not point.after:
-            _die()
+            end()
         event = append(ledger, run_id, kind, data, **named)
         if mine and point is not None and point.kind == kind and point.after:
-            _die()
+            end()
         within["it"] = within["it"] or (mine and kind == "step_intent")
         return event
 
@@ -107,7 +111,7 @@ def _arm(key: str, point: Point | None, counter: int) -> None:
             return
         within["deeds"] += 1
         if point is not None and point.deed == within["deeds"]:
-            _die()
+            end()
 
     Ledger.append = watched  # type: ignore[method-assign]
     sys.addaudithook(deed)
@@ -127,8 +131,12 @@ def _find(key: str) -> tuple[Any, str | None]:
     return next(step for module in ALL for step in module.STEPS if step.key() == name), item or None
 
 
-def run_step(run_id: str, key: str, *, point: Point | None, counter: Path, log: Path) -> int:
-    """Fork a process that runs one step as its notebook does; returns its pid."""
+def run_step(run_id: str, key: str, *, point: Point | None, counter: Path, log: Path, stall: bool = False) -> int:
+    """Fork a process that runs one step as its notebook does; returns its pid.
+
+    Args:
+        stall: stop at the point instead of dying, and go by the name of another machine.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -138,10 +146,14 @@ def run_step(run_id: str, key: str, *, point: Point | None, counter: Path, log: 
         out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        _arm(key, point, os.open(counter, os.O_CREAT | os.O_WRONLY))
+        _arm(key, point, os.open(counter, os.O_CREAT | os.O_WRONLY), _stall if stall else _die)
         from runbook_lib import lease, wiring
+        from runbook_lib.adapters import processes
         from runbook_lib.errors import RunbookError
 
+        if stall:
+            here = processes._machine()
+            processes._machine = lambda: {**here, "host": "another"}
         step, item = _find(key)
         run = wiring.attach(run_id)
         try:

@@ -96,7 +96,8 @@ class World:
         """Names, or lines, with what is random or the time of day taken out."""
         if path.is_file():
             return len(path.read_text().splitlines())
-        return sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+        # A name with a dot before it is a file that was being written when its process died: nobody reads it.
+        return sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
 
     def _repository(self) -> View:
         folder = self.twin / "shop.git"
