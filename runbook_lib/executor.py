@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import archive, gate, lease
+from runbook_lib import archive, gate, lease, mirror
 from runbook_lib.adapters import processes
 from runbook_lib.canonical import sync_folder, write_atomically
 from runbook_lib.errors import GateClosedError, PausedError, RunbookError
@@ -255,6 +255,7 @@ def _run_phase(run: Run, phase: str, kernels: Kernels) -> Outcome | None:
         died = pulse.end()
         Kernels.end(manager)
         _keep(run, draft, _notebook(run, phase))
+        mirror.push(run)
     state = run.state
     if all(step.is_green(run, state) for step in steps_of(phase)):
         return None

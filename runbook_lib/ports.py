@@ -114,6 +114,9 @@ class ObjectStore(Protocol):
     def read_back(self, stored: Stored) -> tuple[str, int]:
         """Download that version and return (sha256 of the bytes received, their number)."""
 
+    def fetch(self, stored: Stored, into: Path) -> None:
+        """Download that version into a file."""
+
     def used_bytes(self) -> int:
         """All versions stored in the bucket, in bytes."""
 

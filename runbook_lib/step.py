@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import fence, lease
+from runbook_lib import fence, lease, mirror
 from runbook_lib.adapters import processes
 from runbook_lib.canonical import digest
 from runbook_lib.errors import (
@@ -234,6 +234,7 @@ class Step:
             "settled_by": settled_by,
         }
         self._write(run, "step_outcome", data)
+        mirror.push(run)
         return result
 
     def _failed(self, run: Run, key: str, number: int, started: float, said: str, error: Exception) -> None:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import gate, lease, preflight, signatures
+from runbook_lib import gate, lease, mirror, preflight, signatures
 from runbook_lib import params as params_module
 from runbook_lib.adapters import http
 from runbook_lib.adapters.balancer import HttpBalancer
@@ -183,10 +183,8 @@ def attach(run_id: str) -> Run:
     """
     if not _RUN_ID.fullmatch(run_id):
         raise UsageError(f"{run_id[:80]!r} is no run id", remedy="runbook list")
-    found = list((root() / "outputs").glob(f"*/{run_id}/params.json"))
-    if not found:
-        raise UsageError(f"there is no run {run_id}", remedy="runbook list")
-    data = json.loads(found[0].read_bytes())
+    found = next((root() / "outputs").glob(f"*/{run_id}/params.json"), None) or _fetched(run_id)
+    data = json.loads(found.read_bytes())
     params = params_module.check(data, where=f"{run_id}/params.json")
     ledger = ledger_of(params)
     state = ledger.state(run_id)
@@ -194,7 +192,33 @@ def attach(run_id: str) -> Run:
         raise UsageError(f"params.json of {run_id} is not what the run was opened with", remedy="restore the file")
     ledger.epoch = lease.inherited(run_id)
     _write_trust(params, Secrets())
-    return _run(params, ledger, run_id, release_of(state))
+    run = _run(params, ledger, run_id, release_of(state))
+    if mirror.is_shared(run) and ledger.epoch is None and mirror.newest(events := ledger.events(run_id)):
+        mirror.fetch(run.services.store, events, run.folder, run.scratch)  # another machine may have been at it
+    return run
+
+
+def _fetched(run_id: str) -> Path:
+    """The params.json of a run that another machine began, its folder brought here first.
+
+    Raises:
+        UsageError: no params file names a shared ledger that knows the run.
+    """
+    for file in sorted((root() / "params").glob("*.yml")):
+        try:
+            params = load_params(file.stem)
+        except UsageError:
+            continue  # another environment's, which this machine is not set up for
+        if not params.ledger:
+            continue
+        ledger = ledger_of(params)
+        if run_id in ledger.run_ids(params.environment):
+            folder = root() / "outputs" / params.environment / run_id
+            scratch = root() / "outputs" / params.environment / ".scratch" / run_id
+            store = _services(params, Secrets(), scratch, folder).store
+            mirror.fetch(store, ledger.events(run_id), folder, scratch)
+            return folder / "params.json"
+    raise UsageError(f"there is no run {run_id}", remedy="runbook list")
 
 
 def open_run(environment: str = "rehearsal", version: str = "", run_id: str = "") -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,13 +62,12 @@ class S3Store:
                 f"{path} has sha256 {found}, expected {sha256}", remedy="the local file changed: back up again"
             )
         with self._answering(key):
-            if path.stat().st_size <= _ONE_REQUEST_BYTES:
-                self._put_whole(path, key, sha256)
-            else:
-                self._put_parts(path, key, sha256)
+            self._put_new(path, key, sha256)
         stored = self._version_with(key, sha256, path.stat().st_size)
         if stored is None:
-            raise UnavailableError(f"{self._address(key)} was stored and is not found", remedy="try again")
+            raise StepFailedError(
+                f"{self._address(key)} holds other content than {path}", remedy="nothing was written over: look at both"
+            )
         return stored
 
     def find(self, key: str) -> Stored | None:
@@ -77,20 +77,45 @@ class S3Store:
 
     def read_back(self, stored: Stored) -> tuple[str, int]:
         """See `ports.ObjectStore`."""
-        arguments = {} if stored.version_id == "null" else {"VersionId": stored.version_id}
         digest, size_bytes = hashlib.sha256(), 0
+        for block in self._blocks(stored):
+            digest.update(block)
+            size_bytes += len(block)
+        return digest.hexdigest(), size_bytes
+
+    def fetch(self, stored: Stored, into: Path) -> None:
+        """See `ports.ObjectStore`."""
+        with into.open("wb") as file:
+            for block in self._blocks(stored):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _blocks(self, stored: Stored) -> Iterator[bytes]:
+        arguments = {} if stored.version_id == "null" else {"VersionId": stored.version_id}
         with self._answering(stored.key):
             body = self._client.get_object(Bucket=self.bucket, Key=self._full(stored.key), **arguments)["Body"]  # type: ignore[arg-type]
             while block := body.read(_BLOCK_BYTES):
-                digest.update(block)
-                size_bytes += len(block)
-        return digest.hexdigest(), size_bytes
+                yield block
 
     def used_bytes(self) -> int:
         """See `ports.ObjectStore`."""
         with self._answering(""):
             pages = self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket)
             return sum(int(version["Size"]) for page in pages for version in page.get("Versions", []))
+
+    def _put_new(self, path: Path, key: str, sha256: str) -> None:
+        """Store under a key that is free; the store itself refuses one that another process was quicker to take."""
+        from botocore.exceptions import ClientError
+
+        try:
+            if path.stat().st_size <= _ONE_REQUEST_BYTES:
+                self._put_whole(path, key, sha256)
+            else:
+                self._put_parts(path, key, sha256)
+        except ClientError as error:
+            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 412:
+                raise
 
     def _put_whole(self, path: Path, key: str, sha256: str) -> None:
         checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
@@ -101,6 +126,7 @@ class S3Store:
                 Body=body,
                 ChecksumSHA256=checksum,
                 Metadata={"sha256": sha256},
+                IfNoneMatch="*",
             )
 
     def _put_parts(self, path: Path, key: str, sha256: str) -> None:
@@ -123,7 +149,9 @@ class S3Store:
                     ChecksumSHA256=checksum,
                 )
                 parts.append({"PartNumber": number, "ETag": done["ETag"], "ChecksumSHA256": checksum})
-        s3.complete_multipart_upload(Bucket=self.bucket, Key=name, UploadId=upload, MultipartUpload={"Parts": parts})
+        s3.complete_multipart_upload(
+            Bucket=self.bucket, Key=name, UploadId=upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
+        )
 
     def _forget_half_uploads(self, name: str) -> None:
         """Parts of an upload that was killed cost storage and are seen by nobody."""

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,25 +68,65 @@ def test_the_same_content_is_stored_once(store: S3Store, tmp_path: Path) -> None
     assert len(_versions(store)) == 1
 
 
-def test_an_older_version_with_this_content_is_found(store: S3Store, tmp_path: Path) -> None:
-    stored = []
-    for content in (b"old", b"new", b"old"):
-        path, digest = _file(tmp_path, content)
-        stored.append(store.put(path, "k", sha256=digest))
+def _overwrite(store: S3Store, key: str, content: bytes) -> None:
+    """Put a version as a tool that knows no care would."""
+    store._client.put_object(Bucket=store.bucket, Key=f"{store.prefix}/{key}", Body=content)
 
-    assert stored[2] == stored[0]
+
+def test_an_older_version_with_this_content_is_found(store: S3Store, tmp_path: Path) -> None:
+    path, digest = _file(tmp_path, b"old")
+    first = store.put(path, "k", sha256=digest)
+    _overwrite(store, "k", b"new")
+
+    assert store.put(path, "k", sha256=digest) == first
     assert len(_versions(store)) == 2
 
 
-def test_other_content_under_the_same_key_is_a_new_version(store: S3Store, tmp_path: Path) -> None:
+def test_other_content_never_goes_under_a_key_that_is_taken(store: S3Store, tmp_path: Path) -> None:
     path, digest = _file(tmp_path, b"one")
     first = store.put(path, "k", sha256=digest)
-    path, digest = _file(tmp_path, b"two")
+    path, other = _file(tmp_path, b"two")
 
-    second = store.put(path, "k", sha256=digest)
+    with pytest.raises(StepFailedError, match="holds other content"):
+        store.put(path, "k", sha256=other)
 
-    assert second.version_id != first.version_id
-    assert store.read_back(first)[0] == hashlib.sha256(b"one").hexdigest()
+    assert store.read_back(first)[0] == digest
+    assert len(_versions(store)) == 1
+
+
+@pytest.mark.parametrize("one_request", [True, False])
+def test_of_two_that_put_at_once_the_store_takes_one(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_request: bool
+) -> None:
+    if not one_request:
+        monkeypatch.setattr(objects, "_ONE_REQUEST_BYTES", 1 << 20)
+        monkeypatch.setattr(objects, "_PART_BYTES", 5 << 20)
+    prefix = f"race-{one_request}"
+
+    def put(number: int) -> bool:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path, digest = _file(folder, bytes([number]) * (6 << 20))
+        try:
+            _store(bucket, prefix).put(path, "k", sha256=digest)
+        except StepFailedError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        won = list(pool.map(put, range(4)))
+
+    assert sum(won) == 1
+    assert len(_versions(_store(bucket, prefix))) == 1
+
+
+def test_what_was_stored_comes_back_into_a_file(store: S3Store, tmp_path: Path) -> None:
+    path, digest = _file(tmp_path, b"content" * 1000)
+    stored = store.put(path, "k", sha256=digest)
+
+    store.fetch(stored, tmp_path / "back")
+
+    assert (tmp_path / "back").read_bytes() == path.read_bytes()
 
 
 def test_many_parts_count_as_one_object(store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +165,9 @@ def test_a_file_that_changed_on_disk_is_not_stored(store: S3Store, tmp_path: Pat
 
 def test_used_bytes_counts_every_version(store: S3Store, tmp_path: Path) -> None:
     before = store.used_bytes()
-    for content in (b"a" * 1000, b"b" * 1000):
-        path, digest = _file(tmp_path, content)
-        store.put(path, "k", sha256=digest)
+    path, digest = _file(tmp_path, b"a" * 1000)
+    store.put(path, "k", sha256=digest)
+    _overwrite(store, "k", b"b" * 1000)
 
     assert store.used_bytes() == before + 2000
 

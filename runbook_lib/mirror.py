@@ -1,0 +1,125 @@
+"""A run's folder in the object store, so that any machine with the params and the keys can go on with it.
+
+With a ledger that is shared, the folder follows after each step: files under their digests, a list of them, and an
+event that names the list. What comes back is what the ledger names, byte for byte, or nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runbook_lib.canonical import canonical_json, sha256, sha256_file, write_atomically
+from runbook_lib.errors import UnavailableError, VerificationError
+from runbook_lib.model import Event
+from runbook_lib.ports import ObjectStore
+from runbook_lib.run import Run
+
+EVENT = "folder_mirrored"
+# A lock and a pid mean nothing elsewhere, and half-written files mean nothing at all.
+_LEFT_OUT = (".lock", ".part")
+
+
+def is_shared(run: Run) -> bool:
+    """True when other machines read this run's ledger."""
+    return bool(run.params.ledger) and not str(run.params.ledger).startswith("sqlite")
+
+
+def push(run: Run) -> None:
+    """Bring the store up to the folder as it is; nothing for a ledger of this machine alone.
+
+    A store that does not answer stops no release: the ledger notes it, and the next push makes up for it.
+    """
+    if not is_shared(run):
+        return
+    try:
+        note = _read_note(run.scratch)
+        known = set(note["known"])
+        files = {}
+        for path in sorted(run.folder.rglob("*")):
+            if path.is_file() and not path.name.startswith(".") and path.suffix not in _LEFT_OUT:
+                files[path.relative_to(run.folder).as_posix()] = _put(run, path, known)
+        listing = canonical_json({"run": run.run_id, "files": files})
+        digest = sha256(listing)
+        if digest != note["list"]:
+            file = run.scratch / "mirror-list.json"
+            write_atomically(file, listing)
+            _put(run, file, known)
+            run.ledger.append(run.run_id, EVENT, {"sha256": digest, "files": len(files)})
+        _write_note(run.scratch, digest, known)
+    except UnavailableError as error:
+        run.ledger.append(run.run_id, "note", {"text": f"the folder was not mirrored: {error.message}"[:1000]})
+
+
+def newest(events: Sequence[Event]) -> str | None:
+    """The digest of the newest list of files that the ledger names."""
+    return next((str(event.data["sha256"]) for event in reversed(events) if event.kind == EVENT), None)
+
+
+def fetch(store: ObjectStore, events: Sequence[Event], folder: Path, scratch: Path) -> None:
+    """Bring a run's folder here as the ledger names it, or bring up to date what another machine left behind.
+
+    A file appears whole or not at all, `params.json` last; what only this machine has stays.
+
+    Raises:
+        VerificationError: the ledger names no folder, or what the store holds is not what it names.
+        UnavailableError: the store does not answer.
+    """
+    listed = newest(events)
+    if listed is None:
+        raise VerificationError(
+            "the ledger names no copy of the run's folder", remedy="resume on the machine that has it"
+        )
+    note = _read_note(scratch)
+    if note["list"] == listed and (folder / "params.json").exists():
+        return
+    run_id = events[0].run_id
+    scratch.mkdir(parents=True, exist_ok=True)
+    coming = scratch / "mirror-coming"
+    files: Mapping[str, str] = json.loads(_get(store, run_id, listed, coming).read_bytes())["files"]
+    for name in sorted(files, key=lambda name: name == "params.json"):
+        target = folder / name
+        if not target.resolve().is_relative_to(folder.resolve()):
+            raise VerificationError(f"the mirror's list names {name!r}, which is outside of the run's folder")
+        if not target.is_file() or sha256_file(target) != files[name]:
+            _get(store, run_id, files[name], coming)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, coming.read_bytes())
+    coming.unlink()
+    _write_note(scratch, listed, {*note["known"], *files.values(), listed})
+
+
+def _put(run: Run, path: Path, known: set[str]) -> str:
+    digest = sha256_file(path)
+    if digest not in known:
+        run.services.store.put(path, _key(run.run_id, digest), sha256=digest)
+        known.add(digest)
+    return digest
+
+
+def _get(store: ObjectStore, run_id: str, digest: str, target: Path) -> Path:
+    stored = store.find(_key(run_id, digest))
+    if stored is None:
+        raise VerificationError(f"the store has not {_key(run_id, digest)}", remedy="look at the store")
+    store.fetch(stored, target)
+    if sha256_file(target) != digest:
+        raise VerificationError(f"{_key(run_id, digest)} came back as something else", remedy="look at the store")
+    return target
+
+
+def _key(run_id: str, digest: str) -> str:
+    return f"runs/{run_id}/{digest}"
+
+
+def _read_note(scratch: Path) -> dict[str, Any]:
+    """The list that this machine last put or fetched, and the digests that it has seen in the store."""
+    try:
+        return dict(json.loads((scratch / "mirrored.json").read_bytes()))
+    except (OSError, ValueError):
+        return {"list": None, "known": []}
+
+
+def _write_note(scratch: Path, listed: str, known: set[str]) -> None:
+    write_atomically(scratch / "mirrored.json", canonical_json({"list": listed, "known": sorted(known)}))
