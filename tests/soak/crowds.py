@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import traceback
@@ -91,7 +92,7 @@ def _take_over(walk: Walk, key: str, number: int, counter: Path, log: Path) -> C
         if deeds
         else killpoints.BEFORE_OUTCOME
     )
-    stalled = run_step(walk.run_id, key, point=point, counter=counter, log=log, stall=True)
+    stalled = run_step(walk.run_id, key, point=point, counter=counter, log=log, elsewhere=_elsewhere(walk))
     ends: Counter[str] = Counter()
     if not _stopped(stalled):
         ends["ended before it could be stopped"] += 1
@@ -121,6 +122,16 @@ def _take_over(walk: Walk, key: str, number: int, counter: Path, log: Path) -> C
         os.kill(stalled, signal.SIGCONT)
         ends[f"woken {wait(stalled)}"] += 1
     return ends
+
+
+def _elsewhere(walk: Walk) -> Path:
+    """Another machine's project folder, with a copy of the run's folder, on the same ledger."""
+    home, here = walk.folder / "elsewhere", walk.world.project.root
+    shutil.rmtree(home, ignore_errors=True)
+    shutil.copytree(here / "outputs", home / "outputs", ignore=shutil.ignore_patterns("ledger.sqlite*"))
+    for part in ("params", "runbooks", ".rehearsal"):
+        (home / part).symlink_to(here / part)
+    return home
 
 
 def _stopped(pid: int) -> bool:

@@ -131,11 +131,13 @@ def _find(key: str) -> tuple[Any, str | None]:
     return next(step for module in ALL for step in module.STEPS if step.key() == name), item or None
 
 
-def run_step(run_id: str, key: str, *, point: Point | None, counter: Path, log: Path, stall: bool = False) -> int:
+def run_step(
+    run_id: str, key: str, *, point: Point | None, counter: Path, log: Path, elsewhere: Path | None = None
+) -> int:
     """Fork a process that runs one step as its notebook does; returns its pid.
 
     Args:
-        stall: stop at the point instead of dying, and go by the name of another machine.
+        elsewhere: another machine's project folder: the process goes by its name, and stops at the point, not dies.
     """
     pid = os.fork()
     if pid:
@@ -146,12 +148,13 @@ def run_step(run_id: str, key: str, *, point: Point | None, counter: Path, log: 
         out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        _arm(key, point, os.open(counter, os.O_CREAT | os.O_WRONLY), _stall if stall else _die)
+        _arm(key, point, os.open(counter, os.O_CREAT | os.O_WRONLY), _die if elsewhere is None else _stall)
         from runbook_lib import lease, wiring
         from runbook_lib.adapters import processes
         from runbook_lib.errors import RunbookError
 
-        if stall:
+        if elsewhere is not None:
+            os.environ["RUNBOOK_HOME"] = str(elsewhere)
             here = processes._machine()
             processes._machine = lambda: {**here, "host": "another"}
         step, item = _find(key)
@@ -216,8 +219,8 @@ class Walk:
         from runbook_lib.plan import plan_of
 
         settings = {"watch.duration_s": "5", "watch.interval_s": "0.25", "watch.baseline_s": "5"}
-        if self.world.ledger:
-            settings["ledger"] = self.world.ledger
+        outputs = self.world.project.root / "outputs"
+        settings["ledger"] = self.world.ledger or f"sqlite:///{outputs / 'ledger.sqlite'}"
         draft = wiring.preview("rehearsal", "next", settings=settings)
         run = wiring.create(draft, plan=plan_of(draft), people_sign=True)
         _forget(run)
