@@ -132,12 +132,20 @@ def _find(key: str) -> tuple[Any, str | None]:
 
 
 def run_step(
-    run_id: str, key: str, *, point: Point | None, counter: Path, log: Path, elsewhere: Path | None = None
+    run_id: str,
+    key: str,
+    *,
+    point: Point | None,
+    counter: Path,
+    log: Path,
+    elsewhere: Path | None = None,
+    before: Callable[[], None] | None = None,
 ) -> int:
     """Fork a process that runs one step as its notebook does; returns its pid.
 
     Args:
         elsewhere: another machine's project folder: the process goes by its name, and stops at the point, not dies.
+        before: what is done to the process before its step.
     """
     pid = os.fork()
     if pid:
@@ -153,6 +161,8 @@ def run_step(
         from runbook_lib.adapters import processes
         from runbook_lib.errors import RunbookError
 
+        if before is not None:
+            before()
         if elsewhere is not None:
             os.environ["RUNBOOK_HOME"] = str(elsewhere)
             here = processes._machine()
@@ -190,8 +200,8 @@ def wait(pid: int, seconds: float = _STEP_S) -> int:
 class Walk:
     """A release with a checkpoint before each step and the view that each step leaves."""
 
-    def __init__(self, world: World, folder: Path) -> None:
-        self.world, self.folder = world, folder
+    def __init__(self, world: World, folder: Path, settings: dict[str, str]) -> None:
+        self.world, self.folder, self.settings = world, folder, settings
         self.run_id = ""
         self.steps: dict[str, dict[str, Any]] = {}  # key -> checkpoint, view after it, deeds
 
@@ -218,8 +228,9 @@ class Walk:
         from runbook_lib import wiring
         from runbook_lib.plan import plan_of
 
-        settings = {"watch.duration_s": "5", "watch.interval_s": "0.25", "watch.baseline_s": "5"}
+        settings = self.settings | {"watch.duration_s": "5", "watch.interval_s": "0.25", "watch.baseline_s": "5"}
         outputs = self.world.project.root / "outputs"
+        outputs.mkdir(exist_ok=True)
         settings["ledger"] = self.world.ledger or f"sqlite:///{outputs / 'ledger.sqlite'}"
         draft = wiring.preview("rehearsal", "next", settings=settings)
         run = wiring.create(draft, plan=plan_of(draft), people_sign=True)
@@ -371,7 +382,13 @@ def _wait_for_end(walk: Walk, deed: int | None, counter: Path) -> None:
 
 
 @contextmanager
-def walked(folder: Path, *, ledger_url: Callable[[], str] | None = None, back: bool = True) -> Iterator[Walk]:
+def walked(
+    folder: Path,
+    *,
+    ledger_url: Callable[[], str] | None = None,
+    back: bool = True,
+    more: Callable[[dict[str, Any]], dict[str, str]] | None = None,
+) -> Iterator[Walk]:
     """A twin with a release walked on it; down again afterwards."""
     home = folder / "project"
     shutil.rmtree(folder, ignore_errors=True)
@@ -384,7 +401,8 @@ def walked(folder: Path, *, ledger_url: Callable[[], str] | None = None, back: b
     assert done.returncode == 0, done.stderr
     try:
         url = ledger_url() if ledger_url is not None else ""
-        walk = Walk(World(project, folder / "checkpoints", url), folder)
+        settings = more(project.facts) if more is not None else {}
+        walk = Walk(World(project, folder / "checkpoints", url), folder, settings)
         walk.forward()
         walk.world.take("end")
         if back:

@@ -92,6 +92,10 @@ class World:
         argv = (sys.executable, "-m", "supervisor.supervisorctl", "-c", str(self.twin / "supervisord.conf"), *words)
         return subprocess.run(argv, capture_output=True, text=True, check=False).stdout
 
+    def stop_and_start(self, program: str) -> None:
+        """Restart one of the twin's servers."""
+        self._supervisor("restart", program)
+
     def _listed(self, path: Path) -> Any:
         """Names, or lines, with what is random or the time of day taken out."""
         if path.is_file():
