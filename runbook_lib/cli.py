@@ -19,6 +19,8 @@ from runbook_lib.errors import PausedError, RunbookError, UsageError
 
 if TYPE_CHECKING:
     from runbook_lib.executor import Outcome
+    from runbook_lib.ledger import Ledger
+    from runbook_lib.params import Params
     from runbook_lib.run import Run
 
 app = typer.Typer(
@@ -250,11 +252,10 @@ def stack_up(json: Json = False) -> None:
 @stack_app.command("down")
 def stack_down(json: Json = False) -> None:
     """Abort live rehearsal runs and stop every process of the stack."""
-    from runbook_lib import wiring
-
-    for state in wiring.ledger_of().runs("rehearsal"):
-        if not state.ended:
-            _abort_run(state.run_id, "the rehearsal stack was taken down")
+    for ledger, _ in _ledgers():
+        for state in ledger.runs("rehearsal"):
+            if not state.ended:
+                _abort_run(ledger, state.run_id, "the rehearsal stack was taken down")
     _stack("down")
     if json:
         _print_json({"up": False})
@@ -457,7 +458,17 @@ def abort(
     _finish(run, Outcome(0, f"aborted: {reason}; {len(changed)} things stay changed", run.state.phase), json=json)
 
 
-def _abort_run(run_id: str, reason: str) -> None:
+def _ledgers() -> Iterator[tuple[Ledger, Params | None]]:
+    """Every ledger that is known here; one that does not answer is said, and stops nobody."""
+    from runbook_lib import wiring
+
+    silent: list[str] = []
+    yield from wiring.known_ledgers(silent)
+    for said in silent:
+        _say(f"not asked: {said}")
+
+
+def _abort_run(ledger: Ledger, run_id: str, reason: str) -> None:
     """End a run without looking at its targets; a run whose folder is gone is only closed in the ledger."""
     from runbook_lib import executor, wiring
 
@@ -465,7 +476,6 @@ def _abort_run(run_id: str, reason: str) -> None:
         executor.end(wiring.attach(run_id), "aborted", reason=reason)
     except RunbookError as error:
         _say(f"run {run_id} could not be sealed: {error}")
-        ledger = wiring.ledger_of()
         if not ledger.state(run_id).ended:
             ledger.append(run_id, "run_ended", {"state": "aborted", "reason": reason})
 
@@ -512,12 +522,10 @@ def status(run_id: Annotated[str, typer.Argument(metavar="[RUN]")] = "", json: J
 
 
 def _newest() -> str:
-    from runbook_lib import wiring
-
-    states = wiring.ledger_of().runs()
-    if not states:
+    found = [state for ledger, _ in _ledgers() for state in ledger.runs()[:1]]
+    if not found:
         raise UsageError("there is no run yet", remedy="runbook rehearse")
-    return states[0].run_id
+    return max(found, key=lambda state: state.opened_time).run_id
 
 
 @app.command()
@@ -539,8 +547,7 @@ def checklist(run_id: Annotated[str, typer.Argument(metavar="RUN")], json: Json 
 @app.command("list")
 def list_command(json: Json = False) -> None:
     """All runs, newest first."""
-    from runbook_lib import wiring
-
+    states = [state for ledger, _ in _ledgers() for state in ledger.runs()]
     rows = [
         {
             "run_id": s.run_id,
@@ -551,7 +558,7 @@ def list_command(json: Json = False) -> None:
             "opened": s.opened_time,
             "opened_by": s.opened["opened_by"],
         }
-        for s in wiring.ledger_of().runs()
+        for s in sorted(states, key=lambda state: state.opened_time, reverse=True)
     ]
     if json:
         _print_json(rows)
@@ -698,13 +705,16 @@ def fsck(run_id: Annotated[str, typer.Argument(metavar="[RUN]")] = "", json: Jso
     from runbook_lib import wiring
     from runbook_lib.fsck import examine, examine_together
 
-    ledger = wiring.attach(run_id).ledger if run_id else wiring.ledger_of()
     found = []
-    for name in [run_id] if run_id else ledger.run_ids():
-        events = ledger.unchecked(name)
-        found += examine(events, wiring.root() / "outputs" / str(events[0].data.get("environment", "")) / name)
-    if not run_id:
-        found += examine_together(ledger.runs())
+    for ledger, params in [(wiring.attach(run_id).ledger, None)] if run_id else _ledgers():
+        for name in [run_id] if run_id else ledger.run_ids():
+            events = ledger.unchecked(name)
+            folder = wiring.root() / "outputs" / str(events[0].data.get("environment", "")) / name
+            if params is not None and not folder.exists():
+                _say(f"the folder of {name} is on another machine; to look at it too: runbook fsck {name}")
+            found += examine(events, folder if params is None or folder.exists() else None)
+        if not run_id:
+            found += examine_together(ledger.runs())
     ok = all(finding.ok for finding in found)
     if json:
         _print_json({"ok": ok, "findings": [asdict(finding) for finding in found]})

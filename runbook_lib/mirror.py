@@ -14,6 +14,7 @@ from typing import Any
 from runbook_lib.canonical import canonical_json, sha256, sha256_file, write_atomically
 from runbook_lib.errors import UnavailableError, VerificationError
 from runbook_lib.model import Event
+from runbook_lib.params import Params
 from runbook_lib.ports import ObjectStore
 from runbook_lib.run import Run
 
@@ -22,9 +23,9 @@ EVENT = "folder_mirrored"
 _LEFT_OUT = (".lock", ".part")
 
 
-def is_shared(run: Run) -> bool:
-    """True when other machines read this run's ledger."""
-    return bool(run.params.ledger) and not str(run.params.ledger).startswith("sqlite")
+def is_shared(params: Params) -> bool:
+    """True when other machines read the ledger that these params name."""
+    return bool(params.ledger) and not str(params.ledger).startswith("sqlite")
 
 
 def push(run: Run) -> None:
@@ -32,7 +33,7 @@ def push(run: Run) -> None:
 
     A store that does not answer stops no release: the ledger notes it, and the next push makes up for it.
     """
-    if not is_shared(run):
+    if not is_shared(run.params):
         return
     try:
         note = _read_note(run.scratch)

@@ -8,7 +8,7 @@ import os
 import re
 import secrets as random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from runbook_lib.adapters.objects import S3Store
 from runbook_lib.adapters.secrets import Secrets
 from runbook_lib.adapters.shell import LocalShell
 from runbook_lib.canonical import canonical_json, digest, sha256_file, write_atomically
-from runbook_lib.errors import RunbookError, UsageError
+from runbook_lib.errors import LedgerUnavailableError, RunbookError, UsageError
 from runbook_lib.ledger import Ledger
 from runbook_lib.model import Release
 from runbook_lib.params import Params
@@ -193,9 +193,32 @@ def attach(run_id: str) -> Run:
     ledger.epoch = lease.inherited(run_id)
     _write_trust(params, Secrets())
     run = _run(params, ledger, run_id, release_of(state))
-    if mirror.is_shared(run) and ledger.epoch is None and mirror.newest(events := ledger.events(run_id)):
+    if mirror.is_shared(params) and ledger.epoch is None and mirror.newest(events := ledger.events(run_id)):
         mirror.fetch(run.services.store, events, run.folder, run.scratch)  # another machine may have been at it
     return run
+
+
+def known_ledgers(silent: list[str]) -> Iterator[tuple[Ledger, Params | None]]:
+    """Every ledger that this installation knows: its own, and those that the params files name; none is made here.
+
+    Args:
+        silent: gets what those say that do not answer.
+    """
+    seen = {f"sqlite:///{root() / 'outputs' / 'ledger.sqlite'}"}
+    yield ledger_of(), None
+    for file in sorted((root() / "params").glob("*.yml")):
+        try:
+            params = load_params(file.stem)
+        except UsageError:
+            continue  # another environment's, which this machine is not set up for
+        url = params.ledger or ""
+        if not url or url in seen or (url.startswith("sqlite:///") and not Path(url[len("sqlite:///") :]).exists()):
+            continue
+        seen.add(url)
+        try:
+            yield Ledger(url), params
+        except LedgerUnavailableError as error:
+            silent.append(f"{params.environment}: {error.message}")
 
 
 def _fetched(run_id: str) -> Path:
@@ -204,20 +227,19 @@ def _fetched(run_id: str) -> Path:
     Raises:
         UsageError: no params file names a shared ledger that knows the run.
     """
-    for file in sorted((root() / "params").glob("*.yml")):
-        try:
-            params = load_params(file.stem)
-        except UsageError:
-            continue  # another environment's, which this machine is not set up for
-        if not params.ledger:
-            continue
-        ledger = ledger_of(params)
-        if run_id in ledger.run_ids(params.environment):
+    silent: list[str] = []
+    for ledger, params in known_ledgers(silent):
+        if params is not None and mirror.is_shared(params) and run_id in ledger.run_ids(params.environment):
             folder = root() / "outputs" / params.environment / run_id
             scratch = root() / "outputs" / params.environment / ".scratch" / run_id
             store = _services(params, Secrets(), scratch, folder).store
             mirror.fetch(store, ledger.events(run_id), folder, scratch)
             return folder / "params.json"
+    if silent:
+        raise LedgerUnavailableError(
+            f"run {run_id} is not here, and a ledger that may know it does not answer: {'; '.join(silent)}",
+            remedy="mend that, then the same again",
+        )
     raise UsageError(f"there is no run {run_id}", remedy="runbook list")
 
 
