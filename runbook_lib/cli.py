@@ -209,12 +209,23 @@ def _execute(run: Run, work: Callable[[], Outcome]) -> Outcome:
 
     from runbook_lib import executor
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signals = 0
+
+    def asked_to_end(_number: int, _frame: object) -> None:
+        # The second one asks to end the commands too, and must not tear what the first one is just tidying up. A third
+        # one ends this process whatever it is at.
+        nonlocal signals
+        signals += 1
+        if signals != 2:
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, asked_to_end)
     try:
         with _progress(run):
             return work()
     except KeyboardInterrupt:
-        return executor.interrupted(run, say=_say)
+        return executor.interrupted(run, say=_say, again=lambda: signals > 1)
 
 
 # --- rehearsal ---------------------------------------------------------------------------------------------------

@@ -124,11 +124,12 @@ def _review(run: Run) -> Outcome:
     return Outcome(0, "the review is signed and stands beside the record", "review")
 
 
-def interrupted(run: Run, *, say: Callable[[str], None]) -> Outcome:
+def interrupted(run: Run, *, say: Callable[[str], None], again: Callable[[], bool]) -> Outcome:
     """What Ctrl-C or SIGTERM leaves: commands of the step go on and are waited for; a second one ends them.
 
     Args:
         say: tells people what is waited for.
+        again: True once the second one came.
     """
     state = run.state
     doing = [(key, run.folder / s.intent["children"]) for key, s in state.steps.items() if s.status is Status.RUNNING]
@@ -136,13 +137,11 @@ def interrupted(run: Run, *, say: Callable[[str], None]) -> Outcome:
     for key, folder in doing:
         if names := [name for name, _ in processes.children(folder)]:
             say(f"{key}: {', '.join(names)} goes on and is waited for; Ctrl-C again ends it")
-        try:
-            while processes.children(folder):
-                time.sleep(0.1)
-        except KeyboardInterrupt:
-            for name, pid in processes.children(folder):
-                say(f"ending {name}")
-                processes.end_group(pid)
+        while processes.children(folder) and not again():
+            time.sleep(0.1)
+        for name, pid in processes.children(folder):
+            say(f"ending {name}")
+            processes.end_group(pid)
     return Outcome(75, f"interrupted in {at}. Next: runbook resume {run.run_id}", state.phase)
 
 

@@ -191,8 +191,9 @@ def attach(run_id: str) -> Run:
     if digest(data) != state.opened["params_sha256"]:
         raise UsageError(f"params.json of {run_id} is not what the run was opened with", remedy="restore the file")
     ledger.epoch = lease.inherited(run_id)
-    _write_trust(params, Secrets())
     run = _run(params, ledger, run_id, release_of(state))
+    if not state.ended or not run.trust.exists():  # to read what has ended nobody needs the recorder's key
+        _write_trust(params, Secrets())
     if mirror.is_shared(params) and ledger.epoch is None and mirror.newest(events := ledger.events(run_id)):
         mirror.fetch(run.services.store, events, run.folder, run.scratch)  # another machine may have been at it
     return run

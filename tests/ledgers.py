@@ -42,7 +42,8 @@ class LedgerServer:
     def _run(server: postgres.Server, log: Path) -> subprocess.Popen[bytes]:
         with log.open("ab") as out:
             # As a team's ledger would be: what it said it has, it has.
-            argv = [*server.argv(), "-c", "synchronous_commit=on"]
+            # Tests open many ledgers, and close none before their end.
+            argv = [*server.argv(), "-c", "synchronous_commit=on", "-c", "max_connections=500"]
             return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
 
     def answers(self) -> bool:

@@ -95,6 +95,21 @@ def test_a_run_that_only_prepared_goes_back_too(project: Project, tools: Tools) 
     assert not freeze.exists()
 
 
+def test_two_signals_at_once_end_the_command_too(project: Project, tools: Tools) -> None:
+    tools.hold("pg_dump", "--format=custom")
+    executor = project.start("run", "rehearsal")
+    wait_until(lambda: tools.reached("pg_dump"), "the dump")
+
+    executor.send_signal(signal.SIGINT)
+    executor.send_signal(signal.SIGTERM)  # before the first one's tidying has ended
+
+    assert executor.wait(60) == 75
+    assert alive("pg_dump --format=custom") == []
+    tools.release("pg_dump")
+    done = project.runbook("abort", project.runs()[-1].name, "--reason", "interrupted on purpose")
+    assert done.returncode == 0, done.stderr
+
+
 def test_ctrl_c_pauses_the_run_and_a_second_executor_is_told_who_has_it(project: Project, tools: Tools) -> None:
     tools.hold("pg_dump", "--format=custom")
     executor = project.start("run", "rehearsal")
