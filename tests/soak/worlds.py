@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 from psycopg import sql
@@ -322,9 +323,7 @@ class World:
                 time.sleep(0.05)
 
     def _copy_ledger(self, source: str, target: str) -> None:
-        server, _, rest = self.ledger.rpartition("/")
-        options = rest.partition("?")[2]
-        with psycopg.connect(f"{server}/postgres?{options}", autocommit=True) as session:
+        with psycopg.connect(urlsplit(self.ledger)._replace(path="/postgres").geturl(), autocommit=True) as session:
             session.execute(
                 "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = ANY (%s)",
                 ([source, target],),
