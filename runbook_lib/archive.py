@@ -18,9 +18,10 @@ from typing import Any
 
 from runbook_lib import signatures
 from runbook_lib.canonical import canonical_json, sha256, write_atomically
+from runbook_lib.clock import epoch_s
 from runbook_lib.errors import UsageError, VerificationError
 from runbook_lib.model import Event
-from runbook_lib.pages import epoch_s, page
+from runbook_lib.pages import page
 from runbook_lib.record_page import FileFact, record_html
 from runbook_lib.render import checklist, checklist_html
 from runbook_lib.state import RunState

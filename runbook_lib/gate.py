@@ -19,6 +19,7 @@ from typing import Any
 
 from runbook_lib import decisions
 from runbook_lib.canonical import canonical_json, digest, sha256, sha256_file, write_atomically
+from runbook_lib.clock import Moment
 from runbook_lib.errors import (
     GateClosedError,
     PausedError,
@@ -248,7 +249,7 @@ def _may_decide(run: Run, name: str, decision: str, person: str, comment: str) -
             else "the run is not there yet"
         )
         raise UsageError(f"refused: gate {name} is not open: {why}", remedy=f"runbook status {run.run_id}")
-    if now.timed_out or time.time() > now.opened_epoch_s + gate.timeout_s:
+    if now.timed_out or Moment.now().since(now.opened_moment) > gate.timeout_s:
         raise UsageError(
             f"refused: round {now.round} of gate {name} has timed out", remedy=f"runbook resume {run.run_id} asks again"
         )
@@ -462,7 +463,7 @@ def _ready(run: Run, name: str) -> bool:
         try:
             approvals(run, run.state, name)
         except PausedError as error:
-            if time.time() > now.opened_epoch_s + gate.timeout_s:
+            if Moment.now().since(now.opened_moment) > gate.timeout_s:
                 run.ledger.append(run.run_id, "gate_timed_out", {"gate": name, "round": now.round})
                 raise GateClosedError(
                     f"gate {name} timed out after {gate.timeout_s:g} s without its decisions; nothing was undone",

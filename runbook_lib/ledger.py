@@ -9,12 +9,13 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
 
 from runbook_lib.canonical import canonical_json, sha256
+from runbook_lib.clock import Moment
 from runbook_lib.errors import FencedError, LedgerUnavailableError, PausedError, UsageError, VerificationError
 from runbook_lib.model import Event
 from runbook_lib.state import RunState, fold
@@ -52,15 +53,14 @@ _APPEND_ONLY = {
 }
 # A writer is alone from its first read on; readers go on reading what is committed.
 _ALONE = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "LOCK TABLE events IN EXCLUSIVE MODE"}
-# A writer that was stopped in the middle of a write must not stop all others: the server ends its transaction. A
-# connection that was cut without a word is noticed by keepalives and by what was sent and not acknowledged.
+# libpq's words for a connection that was cut without a word: noticed by keepalives, in seconds, and by what was sent
+# and not acknowledged, in milliseconds.
+CUT_OFF = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
+# A writer that was stopped in the middle of a write must not stop all others: the server ends its transaction.
 _POSTGRESQL = {
+    **CUT_OFF,
     "application_name": "runbook ledger",
     "connect_timeout": 10,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 30_000,
     "options": "-c idle_in_transaction_session_timeout=20s -c lock_timeout=30s -c statement_timeout=60s "
     "-c synchronous_commit=on",
 }
@@ -68,11 +68,6 @@ _POSTGRESQL = {
 _CREATING = 7_461_523
 
 Guard = Callable[[RunState], None]
-
-
-def utc_now() -> str:
-    """The wall clock as ISO 8601 UTC with microseconds; for people: order is by sequence."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 class Ledger:
@@ -316,8 +311,9 @@ def _chained(last: Event | None, run_id: str, kind: str, data: Mapping[str, Any]
     seq, prev = (1, GENESIS) if last is None else (last.seq + 1, last.hash)
     if last is None:
         data = {**data, "format": _FORMAT}
-    draft = Event(run_id, seq, utc_now(), kind, data, prev, "")
-    return Event(run_id, seq, draft.time, kind, data, prev, sha256(canonical_json(draft.body())))
+    now = Moment.now()
+    draft = Event(run_id, seq, now.text, kind, {**data, "clock": now.clock}, prev, "")
+    return replace(draft, hash=sha256(canonical_json(draft.body())))
 
 
 def check_format(number: Any, what: str) -> None:

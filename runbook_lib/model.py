@@ -9,6 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from runbook_lib.clock import Moment
+
 
 class Recovery(StrEnum):
     """What is done with a step whose intent has no outcome."""
@@ -166,6 +168,11 @@ class Event:
     data: Mapping[str, Any]
     prev: str
     hash: str
+
+    @property
+    def moment(self) -> Moment:
+        """When it was written, by both clocks."""
+        return Moment.of(self.time, self.data.get("clock", {}))
 
     def body(self) -> dict[str, Any]:
         """What the hash is taken over."""

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import html
 import unicodedata
-from datetime import datetime
 
 # Colours: every text/background pair below has a contrast of at least 4.5:1 in both schemes (WCAG 2.2 AA).
 _STYLE = """
@@ -127,18 +126,6 @@ def moment(time: str) -> str:
         return "–"
     shown = time[:19].replace("T", " ") + " UTC"
     return f'<time datetime="{text(time)}">{text(shown)}</time>'
-
-
-def epoch_s(time: str) -> float:
-    """Epoch seconds of an ISO 8601 time.
-
-    Raises:
-        ValueError: it is none, or has no zone.
-    """
-    found = datetime.fromisoformat(time)
-    if found.tzinfo is None:
-        raise ValueError(f"{time!r} has no time zone")
-    return found.timestamp()
 
 
 def seconds(value: float) -> str:

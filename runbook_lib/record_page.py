@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
+from runbook_lib.clock import epoch_s
 from runbook_lib.model import Event, shown
-from runbook_lib.pages import epoch_s, moment, page, pill, seconds, size, text
-from runbook_lib.render import checklist_html
+from runbook_lib.pages import moment, page, pill, seconds, size, text
+from runbook_lib.render import checklist_html, clock_jumps
 from runbook_lib.state import RunState
 
 _GATE_TITLES = {"backup": "Gate 1 · backup", "migration": "Gate 2 · migration", "release": "Gate 3 · release"}
@@ -111,8 +112,9 @@ def _outcome(state: RunState, events: Sequence[Event]) -> str:
         )
     for event in events:
         if event.kind == "run_ended":
-            rest = {key: value for key, value in event.data.items() if key != "state"}
+            rest = {key: value for key, value in event.data.items() if key not in ("state", "epoch", "clock")}
             parts += [f"<p>{text(key.replace('_', ' '))}: {text(shown(value))}</p>" for key, value in rest.items()]
+    parts += [f"<p>{text(said)}</p>" for said in clock_jumps(state)]
     return _card("outcome", "How it ended", "".join(parts)) if parts else ""
 
 

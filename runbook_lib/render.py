@@ -180,7 +180,13 @@ def status_text(state: RunState) -> str:
         lines.append(f"gate   {name}, round {gate.round}: {said}" + (", timed out" if gate.timed_out else ""))
     for name, check in state.checks.items():
         lines.append(f"check  {name}: {'passed' if check['passed'] else 'failed'}, says {check['person']}")
+    lines += [f"clock  {said}" for said in clock_jumps(state)]
     return "\n".join(visible(line) for line in lines)
+
+
+def clock_jumps(state: RunState) -> list[str]:
+    """Where somebody set the wall clock while the run was on: times before and after do not compare."""
+    return [f"was set by {jump:+.1f} s before event {seq}; it decided nothing" for seq, jump in state.clock_jumps]
 
 
 def _step_mark(step: StepState) -> str:

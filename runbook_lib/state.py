@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from runbook_lib.clock import Moment
 from runbook_lib.model import Event, Status, StepResult
 
 ENDED = ("completed", "rolled_back", "aborted")
@@ -34,6 +35,7 @@ class GateState:
     nonce: str = ""
     opened: str = ""
     opened_epoch_s: float = 0.0
+    opened_moment: Moment = field(default_factory=lambda: Moment(0.0))
     ledger_head: str = ""
     evidence_sha256: str = ""
     decisions: tuple[Mapping[str, Any], ...] = ()
@@ -49,6 +51,8 @@ class RunState:
         executor: the process that holds the lease, None when it was given back.
         taking_over: a takeover has begun and not yet shown that the executor before is dead or fenced.
         fenced_below: executors with a lower epoch can do nothing any more, at no target.
+        moment: of the newest event.
+        clock_jumps: before which event the wall clock was set, and by how many seconds.
     """
 
     run_id: str = ""
@@ -69,6 +73,8 @@ class RunState:
     ended: str = ""
     ended_time: str = ""
     plan_digest: str = ""
+    moment: Moment | None = None
+    clock_jumps: tuple[tuple[int, float], ...] = ()
 
     def step(self, key: str) -> StepState:
         """One step's state; pending when nothing was written of it."""
@@ -109,7 +115,10 @@ def fold(events: Iterable[Event]) -> RunState:
     """Fold events, oldest first, into where the run stands."""
     state = RunState()
     for event in events:
-        state = replace(_apply(state, event), head=event.hash, seq=event.seq)
+        now = event.moment
+        jump = now.jump_since(state.moment) if state.moment is not None else 0.0
+        jumps = (*state.clock_jumps, (event.seq, jump)) if jump else state.clock_jumps
+        state = replace(_apply(state, event), head=event.hash, seq=event.seq, moment=now, clock_jumps=jumps)
     return state
 
 
@@ -188,6 +197,7 @@ def _apply_gate(old: GateState, event: Event) -> GateState:
                 nonce=data["nonce"],
                 opened=event.time,
                 opened_epoch_s=data["opened_epoch_s"],
+                opened_moment=event.moment,
                 ledger_head=event.hash,
                 evidence_sha256=data["evidence"]["sha256"],
             )

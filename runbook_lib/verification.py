@@ -17,10 +17,11 @@ from typing import Any
 
 from runbook_lib import signatures
 from runbook_lib.canonical import canonical_json, sha256, sha256_file
+from runbook_lib.clock import epoch_s
 from runbook_lib.errors import RunbookError, VerificationError
 from runbook_lib.ledger import GENESIS, check_chain, check_format
 from runbook_lib.model import Event
-from runbook_lib.pages import epoch_s, visible
+from runbook_lib.pages import visible
 from runbook_lib.state import RunState, fold
 from runbook_lib.static_html import active_content
 from runbook_lib.verify_decisions import Decisions

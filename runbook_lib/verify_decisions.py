@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from runbook_lib import signatures
 from runbook_lib.canonical import sha256
+from runbook_lib.clock import epoch_s
 from runbook_lib.errors import VerificationError
 from runbook_lib.model import Event
-from runbook_lib.pages import epoch_s
 from runbook_lib.state import RunState
 
 if TYPE_CHECKING:
@@ -132,7 +132,8 @@ class Decisions:
         if said["release"] != release or "commit" not in release:
             raise VerificationError("it is about another release")
         if event is not None and not (
-            opened[0].seq < event.seq and epoch_s(event.time) <= asked["expires_epoch_s"] + _SLACK_S
+            opened[0].seq < event.seq
+            and event.moment.since(opened[0].moment) <= asked["expires_epoch_s"] - asked["opened_epoch_s"] + _SLACK_S
         ):
             raise VerificationError("it was recorded outside its round")
         self._evidence(value, opened[0])

@@ -8,6 +8,9 @@ from typing import Any
 import psycopg
 
 from runbook_lib.errors import DeniedError, UnavailableError
+from runbook_lib.ledger import CUT_OFF
+
+_LIVENESS: dict[str, Any] = {"connect_timeout": 5, **CUT_OFF}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Database:
                 dbname=dbname,
                 passfile=self.passfile,
                 application_name=application[:63],
-                connect_timeout=5,
+                **_LIVENESS,
                 autocommit=autocommit,
             )
         except psycopg.OperationalError as error:

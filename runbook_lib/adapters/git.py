@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from runbook_lib.canonical import sync_folder
+from runbook_lib.clock import utc_now
 from runbook_lib.commands import git
 from runbook_lib.errors import DeniedError, StepFailedError, UnavailableError, UsageError
-from runbook_lib.ledger import utc_now
 
 FREEZE_FILE = "runbook-freeze.json"
 _PUSH_TRIES = 5

@@ -20,8 +20,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from runbook_lib.canonical import sha256, sync_folder, write_atomically
+from runbook_lib.clock import utc_now
 from runbook_lib.errors import DeniedError, UnavailableError
-from runbook_lib.ledger import utc_now
 
 
 @dataclass(frozen=True, slots=True)

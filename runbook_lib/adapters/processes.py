@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from runbook_lib.clock import boot_id
 from runbook_lib.errors import StepInDoubtError
 
 # Writes "pid starttime boot_id" under a scratch name and renames it, runs the command, then does the same with its
@@ -35,12 +36,6 @@ status=$?
 printf '%s\\n' $status > "$exitfile.part" && mv "$exitfile.part" "$exitfile"
 exit $status
 """
-
-
-@cache
-def boot_id() -> str:
-    """The kernel's id of this boot."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def start_time(pid: int) -> int | None:

@@ -12,11 +12,11 @@ from runbook_lib import backup_files as on_disk
 from runbook_lib import restore
 from runbook_lib.adapters import inventory
 from runbook_lib.canonical import canonical_json, sha256, sha256_file, write_atomically
+from runbook_lib.clock import Moment, utc_now
 from runbook_lib.commands import archive_files as files
 from runbook_lib.commands import postgres
 from runbook_lib.errors import PausedError, StepFailedError
 from runbook_lib.gate import gate_step
-from runbook_lib.ledger import utc_now
 from runbook_lib.model import Recovery, StepResult
 from runbook_lib.phases import prepare
 from runbook_lib.run import Run
@@ -440,7 +440,7 @@ def compare_hashes(run: Run) -> StepResult:
         "inventory": _inventory(run),
     }
     kept = run.keep("backup/manifest.json", json.dumps(manifest, indent=1) + "\n")
-    age_s = _age_s(str(manifest["taken_at"]))
+    age_s = _age_s(run)
     facts = {
         "equal": f"{len(entries) - len(unequal)} of {len(entries)} files: source = local = off site",
         "age": f"{age_s:.0f} s, at most {run.params.backup.max_age_s:.0f} s",
@@ -463,8 +463,10 @@ def _(run: Run) -> list[tuple[str, ...]]:
     ]
 
 
-def _age_s(taken_at: str) -> float:
-    return (datetime.now(UTC) - datetime.fromisoformat(taken_at)).total_seconds()
+def _age_s(run: Run) -> float:
+    """Since when a restore would lose writes, in seconds: since the dump's step began, whoever set the clock meanwhile."""
+    begun = run.state.step(dump_database.key())
+    return Moment.now().since(Moment.of(begun.intent_time, begun.intent.get("clock", {})))
 
 
 def _inventory(run: Run) -> dict[str, Any]:

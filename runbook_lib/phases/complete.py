@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from runbook_lib import maintenance, outward
+from runbook_lib.clock import utc_now
 from runbook_lib.errors import StepFailedError
-from runbook_lib.ledger import utc_now
 from runbook_lib.model import Recovery, StepResult
 from runbook_lib.run import Run
 from runbook_lib.smoke import run_smoke

@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from datetime import datetime
 from typing import Any
 
 from runbook_lib import charts, log_scan, maintenance, telemetry, watch
+from runbook_lib.clock import epoch_s
 from runbook_lib.errors import PausedError, StepFailedError
 from runbook_lib.gate import gate_step
 from runbook_lib.model import Command, Recovery, StepResult
@@ -100,7 +100,7 @@ def watch_telemetry(run: Run) -> StepResult:
     again in full. Red closes gate 3; inconclusive extends the watch and then asks a person.
     """
     settings = run.params.watch
-    began = _epoch_s(_first_started(run, "begin.enable_maintenance"))
+    began = epoch_s(_first_started(run, "begin.enable_maintenance"))
     baseline = telemetry.collect(run, began - settings.baseline_s, began, "baseline")
     names, config = telemetry.metrics(run), telemetry.watch_config(run)
     extended = 0
@@ -157,10 +157,6 @@ def _sit_through(duration_s: float, extended: int) -> None:
 def _first_started(run: Run, key: str) -> str:
     """When a step was first begun: a later attempt's time would count what the first one did as before it."""
     return next(e.time for e in run.ledger.events(run.run_id) if e.kind == "step_intent" and e.data["step"] == key)
-
-
-def _epoch_s(text: str) -> float:
-    return datetime.fromisoformat(text).timestamp()
 
 
 @step("Scan the logs for new errors", recovery=Recovery.REPEAT, owner="On-call", expected_s=1.0)
