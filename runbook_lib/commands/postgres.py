@@ -9,6 +9,8 @@ from pathlib import Path
 
 from runbook_lib.model import Command
 
+# A connection that was cut without a word ends within a minute, not when TCP gives up after a quarter of an hour.
+_CUT_OFF = "keepalives_idle=10 keepalives_interval=5 keepalives_count=3 tcp_user_timeout=30000"
 _VERSION = re.compile(r"\(PostgreSQL\) (\d+)")
 
 
@@ -27,12 +29,17 @@ class Server:
             f"--port={self.port}",
             f"--username={role}",
             "--no-password",
-            f"--dbname={dbname}",
+            f"--dbname=dbname={_quoted(dbname)} {_CUT_OFF}",
         )
 
     def env(self) -> dict[str, str]:
-        """What libpq needs, and what a DBA sees in pg_stat_activity."""
-        return {"PGPASSFILE": self.passfile, "PGAPPNAME": "runbook backup", "PGCONNECT_TIMEOUT": "5"}
+        """What libpq needs besides; the name that a DBA sees in pg_stat_activity is the run's, from who starts it."""
+        return {"PGPASSFILE": self.passfile, "PGCONNECT_TIMEOUT": "5"}
+
+
+def _quoted(word: str) -> str:
+    """A value in libpq's connection string."""
+    return "'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def version() -> Command:

@@ -10,6 +10,7 @@ from runbook_lib.adapters import inventory
 from runbook_lib.commands import postgres
 
 SERVER = postgres.Server("10.0.0.5", 5432, "/etc/runbook/pgpass")
+CUT_OFF = "keepalives_idle=10 keepalives_interval=5 keepalives_count=3 tcp_user_timeout=30000"
 DUMP = Path("/backups/run.dump")
 
 
@@ -27,7 +28,7 @@ def test_dump() -> None:
         "--port=5432",
         "--username=backup_user",
         "--no-password",
-        "--dbname=prod_db",
+        f"--dbname=dbname='prod_db' {CUT_OFF}",
         "--file=/backups/run.dump",
     )
     assert command.env["PGPASSFILE"] == "/etc/runbook/pgpass"
@@ -47,7 +48,7 @@ def test_restore_stops_at_the_first_error() -> None:
         "--port=5432",
         "--username=postgres",
         "--no-password",
-        "--dbname=runbook_scratch_1",
+        f"--dbname=dbname='runbook_scratch_1' {CUT_OFF}",
         "/backups/run.dump",
     )
 
@@ -123,3 +124,9 @@ def test_a_sequence_may_have_moved_on() -> None:
     restored = {**_inventory(), "sequences": {"public.s": {"last_value": "12", "is_called": True}}}
 
     assert inventory.differences(_inventory(), restored) == []
+
+
+def test_a_databases_name_cannot_end_its_word_in_the_connection_string() -> None:
+    arguments = SERVER.arguments("backup_user", "it's \\ host=elsewhere")
+
+    assert arguments[-1] == f"--dbname=dbname='it\\'s \\\\ host=elsewhere' {CUT_OFF}"
