@@ -15,11 +15,8 @@ import os
 import random
 import re
 import resource
-import select
 import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

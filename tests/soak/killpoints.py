@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.ledgers import LedgerServer
 from tests.project import ROOT, Project
 from tests.soak.worlds import World, differences
 
@@ -203,13 +204,15 @@ class Walk:
     def __init__(self, world: World, folder: Path, settings: dict[str, str]) -> None:
         self.world, self.folder, self.settings = world, folder, settings
         self.run_id = ""
-        self.steps: dict[str, dict[str, Any]] = {}  # key -> checkpoint, view after it, deeds
+        self.steps: dict[str, dict[str, Any]] = {}  # key -> checkpoint, view after it, deeds, seconds
 
-    def forward(self) -> None:
-        """Take every step of a good release."""
+    def forward(self, wanted: Callable[[str], bool] = lambda _key: True) -> None:
+        """Take every step of a good release, with a checkpoint before each that is wanted, to the last of them."""
         self.run_id = self._open()
-        for key in self._keys():
-            self._take(key)
+        keys = self._keys()
+        last = max(number for number, key in enumerate(keys) if wanted(key))
+        for key in keys[: last + 1]:
+            self._take(key, kept=wanted(key))
 
     def back(self) -> None:
         """Take every step of the way back of the same release, from the point where all is deployed."""
@@ -231,7 +234,7 @@ class Walk:
         settings = self.settings | {"watch.duration_s": "5", "watch.interval_s": "0.25", "watch.baseline_s": "5"}
         outputs = self.world.project.root / "outputs"
         outputs.mkdir(exist_ok=True)
-        settings["ledger"] = self.world.ledger or f"sqlite:///{outputs / 'ledger.sqlite'}"
+        settings.setdefault("ledger", self.world.ledger or f"sqlite:///{outputs / 'ledger.sqlite'}")
         draft = wiring.preview("rehearsal", "next", settings=settings)
         run = wiring.create(draft, plan=plan_of(draft), people_sign=True)
         _forget(run)
@@ -246,14 +249,19 @@ class Walk:
         _forget(run)
         return keys
 
-    def _take(self, key: str) -> None:
+    def _take(self, key: str, *, kept: bool = True) -> None:
         name = f"{len(self.steps):03d}"
-        self.world.take(name)
+        if kept:
+            self.world.take(name)
         counter, log = self.folder / "deeds", self.folder / "walk.log"
         counter.unlink(missing_ok=True)
+        started = time.monotonic()
         code = wait(run_step(self.run_id, key, point=None, counter=counter, log=log))
+        seconds = time.monotonic() - started
         assert code == 0, f"{key} did not go: {code}\n{log.read_text()[-2000:]}"
-        self.steps[key] = {"checkpoint": name, "after": self.world.look(), "deeds": int(counter.read_text() or "0")}
+        if kept:
+            deeds = int(counter.read_text() or "0")
+            self.steps[key] = {"checkpoint": name, "after": self.world.look(), "deeds": deeds, "seconds": seconds}
 
 
 def _forget(run: Any) -> None:
@@ -385,14 +393,23 @@ def _wait_for_end(walk: Walk, deed: int | None, counter: Path) -> None:
 def walked(
     folder: Path,
     *,
-    ledger_url: Callable[[], str] | None = None,
+    ledger: str = "sqlite",
     back: bool = True,
-    more: Callable[[dict[str, Any]], dict[str, str]] | None = None,
+    wanted: Callable[[str], bool] = lambda _key: True,
+    more: Callable[[Project, str], dict[str, str]] | None = None,
 ) -> Iterator[Walk]:
-    """A twin with a release walked on it; down again afterwards."""
+    """A twin with a release walked on it; down again afterwards.
+
+    Args:
+        ledger: `sqlite`, or `postgresql`: a server of its own.
+        back: walk the way back too.
+        wanted: which steps get a checkpoint.
+        more: settings of the run, from the project and its ledger's address.
+    """
     home = folder / "project"
     shutil.rmtree(folder, ignore_errors=True)
     home.mkdir(parents=True)
+    server = _ledger_server(folder / "ledgers") if ledger == "postgresql" else None
     for part in ("params", "runbooks"):
         shutil.copytree(ROOT / part, home / part)
     project = Project(home)
@@ -400,16 +417,26 @@ def walked(
     done = project.runbook("stack", "up", "--json")
     assert done.returncode == 0, done.stderr
     try:
-        url = ledger_url() if ledger_url is not None else ""
-        settings = more(project.facts) if more is not None else {}
+        url = server.url("ledger") if server is not None else ""
+        settings = more(project, url) if more is not None else {}
         walk = Walk(World(project, folder / "checkpoints", url), folder, settings)
-        walk.forward()
-        walk.world.take("end")
+        walk.forward(wanted)
         if back:
+            walk.world.take("end")
             walk.back()
         yield walk
     finally:
         project.runbook("stack", "down")
+        if server is not None:
+            server.stop()
+
+
+def _ledger_server(folder: Path) -> LedgerServer:
+    folder.mkdir()
+    server = LedgerServer.start(folder)
+    with server.session() as session:
+        session.execute("CREATE DATABASE ledger")
+    return server
 
 
 def all_cases(walk: Walk, *, only: str = "") -> list[tuple[str, Point]]:
@@ -454,53 +481,30 @@ def main() -> None:
     lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     results = [Result(**line) for line in lines if "step" in line]
     archived: dict[str, list[str]] = {line["archiving"]: line["wrong"] for line in lines if "archiving" in line}
-    server = None
-    url = None
-    if given.ledger == "postgresql":
-        from tests.ledgers import LedgerServer
-
-        shutil.rmtree(given.state / "ledgers", ignore_errors=True)
-        (given.state / "ledgers").mkdir()
-        server = LedgerServer.start(given.state / "ledgers")
-        made = server
-
-        def url() -> str:
-            with made.session() as session:
-                session.execute("CREATE DATABASE ledger")
-            return made.url("ledger")
-
-    try:
-        with walked(given.state / f"world-{given.ledger}", ledger_url=url) as walk, kept.open("a") as file:
-            if not given.only and not given.sample:
-                deeds, _ = try_archiving(walk, None)
-                for deed in sorted({1 + deeds * share // 40 for share in range(40)}):
-                    if str(deed) not in archived:
-                        archived[str(deed)] = try_archiving(walk, deed)[1]
-                        file.write(json.dumps({"archiving": str(deed), "wrong": archived[str(deed)]}) + "\n")
-                        file.flush()
-                        print(f"archiving, deed {deed} of {deeds}: {archived[str(deed)] or 'ok'}", flush=True)
-            cases = all_cases(walk, only=given.only)
-            if given.sample:
-                cases = random.Random(given.seed).sample(cases, min(given.sample, len(cases)))
-            known = {(r.step, r.point) for r in results}
-            for number, (key, point) in enumerate(cases, 1):
-                if (key, point.name) in known:
-                    continue
-                result = try_case(walk, key, point)
-                if result is None:
-                    continue
-                results.append(result)
-                file.write(json.dumps(asdict(result)) + "\n")
-                file.flush()
-                mark = (
-                    "ok"
-                    if result.good
-                    else f"BAD {result.lost_or_doubled[:2]} {result.broken[:2]} {result.said[-300:]}"
-                )
-                print(f"{number}/{len(cases)} {key} · {point.name}: {mark}", flush=True)
-    finally:
-        if server is not None:
-            server.stop()
+    with walked(given.state / f"world-{given.ledger}", ledger=given.ledger) as walk, kept.open("a") as file:
+        if not given.only and not given.sample:
+            deeds, _ = try_archiving(walk, None)
+            for deed in sorted({1 + deeds * share // 40 for share in range(40)}):
+                if str(deed) not in archived:
+                    archived[str(deed)] = try_archiving(walk, deed)[1]
+                    file.write(json.dumps({"archiving": str(deed), "wrong": archived[str(deed)]}) + "\n")
+                    file.flush()
+                    print(f"archiving, deed {deed} of {deeds}: {archived[str(deed)] or 'ok'}", flush=True)
+        cases = all_cases(walk, only=given.only)
+        if given.sample:
+            cases = random.Random(given.seed).sample(cases, min(given.sample, len(cases)))
+        known = {(r.step, r.point) for r in results}
+        for number, (key, point) in enumerate(cases, 1):
+            if (key, point.name) in known:
+                continue
+            result = try_case(walk, key, point)
+            if result is None:
+                continue
+            results.append(result)
+            file.write(json.dumps(asdict(result)) + "\n")
+            file.flush()
+            mark = "ok" if result.good else f"BAD {result.lost_or_doubled[:2]} {result.broken[:2]} {result.said[-300:]}"
+            print(f"{number}/{len(cases)} {key} · {point.name}: {mark}", flush=True)
     print(table(results, archived))
     sys.exit(0 if all(r.good for r in results) and not any(archived.values()) else 1)
 

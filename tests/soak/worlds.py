@@ -5,15 +5,16 @@ The observers use nothing of the code under test: files, `git`, SQL, S3's own li
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 import urllib.request
+import xmlrpc.client
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from urllib.parse import urlsplit
 import psycopg
 from psycopg import sql
 
+from rehearsal import supervisor
 from tests.project import Project
 
 PRODUCTION, STAGING = "prod_db", "staging_db"
@@ -87,15 +89,17 @@ class World:
             return str(json.load(answer)["commit"])[:12]
 
     def _runs(self, host: str) -> bool:
-        return "RUNNING" in self._supervisor("status", host)
+        return supervisor.state_of(self.twin, host) == "RUNNING"
 
-    def _supervisor(self, *words: str) -> str:
-        argv = (sys.executable, "-m", "supervisor.supervisorctl", "-c", str(self.twin / "supervisord.conf"), *words)
-        return subprocess.run(argv, capture_output=True, text=True, check=False).stdout
+    def _stop(self, program: str) -> None:
+        # The keeper's command starts a Python each time, and there are thousands of looks.
+        with contextlib.suppress(xmlrpc.client.Fault):
+            supervisor._ask(self.twin).stopProcess(program)
 
     def stop_and_start(self, program: str) -> None:
         """Restart one of the twin's servers."""
-        self._supervisor("restart", program)
+        self._stop(program)
+        supervisor.start(self.twin, program)
 
     def _listed(self, path: Path) -> Any:
         """Names, or lines, with what is random or the time of day taken out."""
@@ -299,7 +303,7 @@ class World:
 
     def _put_back_host(self, host: str, view: View) -> None:
         home, kept = self.twin / "hosts" / host, self.checkpoints / "hosts" / f"{host}-{_word(str(view))}"
-        self._supervisor("stop", host)
+        self._stop(host)
         for path in home.iterdir():
             if path.name in ("log", ".runbook"):  # epochs only rise, also for a world that is put back
                 continue
@@ -315,7 +319,7 @@ class World:
             else:
                 shutil.copy2(path, home / path.name, follow_symlinks=False)
         if view["runs"]:
-            self._supervisor("start", host)
+            supervisor.start(self.twin, host)
             deadline = time.monotonic() + 30
             while True:
                 try:
