@@ -1,10 +1,11 @@
 """Faults of the machine and of what it talks to, while a step runs: it must fail closed, say what it was, and go on after.
 
-    python -m tests.soak.faults --state FOLDER [--each N]
+    python -m tests.soak.faults --state FOLDER [--ledger sqlite|postgresql] [--each N]
 
 A case puts back the world before a step, runs the step under a fault, ends the fault, runs the step again, and compares
-the world with the one that an undisturbed step leaves. The faults are real where a test can make them: SQLite's own
-errors, limits of the kernel, a restarted server, a proxy before the object store; only the wall clock is a stand-in.
+the world with the one that an undisturbed step leaves. The faults are real where a test can make them: a disk that is
+full or read-only, limits of the kernel, a restarted server, a proxy before the object store and the databases, a network
+whose link is down; only the wall clock is a stand-in.
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ import random
 import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from urllib.parse import urlsplit
 
+from tests.project import Project
 from tests.soak.killpoints import Walk, run_step, wait, walked
+from tests.soak.proxies import Proxy, can_lose_packets
 from tests.soak.worlds import differences
 
+Begin = Callable[[Walk, int], Callable[[], object]]
 _SLOW = ("verify.watch_telemetry", "sign_off")
 
 
@@ -40,41 +45,21 @@ class Fault:
 
     Attributes:
         within: called in the step's process before the step.
-        beside: called by the test once the process has begun; returns what ends the fault.
+        first: called before the step's process begins; returns what ends the fault.
+        beside: called once the process has begun; returns what ends the fault.
         only: steps whose key holds one of these; empty for all.
         names: what the step's process says of it, as a regular expression; any error of ours when the fault need not hurt.
+        ledger: the kind of ledger that it is for; empty for both.
     """
 
     name: str
     names: str
     within: Callable[[], None] | None = None
-    beside: Callable[[Walk, int], Callable[[], None]] | None = None
+    first: Begin | None = None
+    beside: Begin | None = None
     only: tuple[str, ...] = ()
     must_hurt: bool = False
-
-
-def _sqlite(pragma: str) -> Callable[[], None]:
-    def arm() -> None:
-        import sqlalchemy as sa
-
-        from runbook_lib import ledger
-
-        def on_connect(connection: object, _record: object) -> None:
-            cursor = connection.cursor()  # type: ignore[attr-defined]
-            pages = cursor.execute("PRAGMA page_count").fetchone()[0]
-            cursor.execute(pragma.format(pages=pages + 1))
-            cursor.close()
-
-        create = sa.create_engine
-
-        def made(*words: object, **named: object) -> object:
-            engine = create(*words, **named)  # type: ignore[call-overload]
-            sa.event.listen(engine, "connect", on_connect)
-            return engine
-
-        ledger.sa.create_engine = made  # type: ignore[assignment]
-
-    return arm
+    ledger: str = ""
 
 
 def _limit(what: int, value: int) -> Callable[[], None]:
@@ -87,34 +72,62 @@ def _limit(what: int, value: int) -> Callable[[], None]:
 
 def _clock(shift: timedelta) -> Callable[[], None]:
     def arm() -> None:
-        from runbook_lib import ledger
-
         real = time.time
         time.time = lambda: real() + shift.total_seconds()
-        ledger.utc_now = lambda: (datetime.now(UTC) + shift).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
     return arm
 
 
-def _store(mode: str) -> Callable[[Walk, int], Callable[[], None]]:
-    def begin(walk: Walk, _pid: int) -> Callable[[], None]:
-        proxy = PROXIES[walk.run_id]
-        proxy.mode = mode
+def _jump(shift: timedelta) -> Callable[[], None]:
+    """The clock is set while the step runs: half a second after its process began."""
 
-        def end() -> None:
-            proxy.mode = "pass"
+    def arm() -> None:
+        real, since = time.time, time.monotonic()
+        time.time = lambda: real() + (shift.total_seconds() if time.monotonic() - since > 0.5 else 0.0)
 
-        return end
+    return arm
+
+
+def _proxy(name: str, mode: str) -> Begin:
+    def begin(_walk: Walk, _number: int) -> Callable[[], None]:
+        PROXIES[name].mode = mode
+        return lambda: setattr(PROXIES[name], "mode", "pass")
 
     return begin
 
 
-def _restart_database(walk: Walk, _pid: int) -> Callable[[], None]:
-    walk.world.stop_and_start("postgres")
+def _full_disk(walk: Walk, number: int) -> Callable[[], None]:
+    """Fill the disk of outputs/ to so many pages as are drawn: each write of the step meets its end in some case."""
+    disk = walk.world.project.root / "outputs"
+    stat = os.statvfs(disk)
+    left = random.Random(number).randint(0, 40)
+    ballast = disk / "ballast"
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail - left) * stat.f_bsize)
+    return lambda: ballast.unlink(missing_ok=True)
+
+
+def _read_only_disk(walk: Walk, _number: int) -> Callable[[], None]:
+    disk = str(walk.world.project.root / "outputs")
+    subprocess.run(("mount", "-o", "remount,ro", disk), check=True)
+    return lambda: subprocess.run(("mount", "-o", "remount,rw", disk), check=True) and None
+
+
+def _restart(program: str) -> Begin:
+    def begin(walk: Walk, _pid: int) -> Callable[[], None]:
+        walk.world.stop_and_start(program)
+        return lambda: None
+
+    return begin
+
+
+def _restart_ledger(walk: Walk, _pid: int) -> Callable[[], None]:
+    assert walk.server is not None
+    walk.server.restart()
     return lambda: None
 
 
-def _asleep(seconds: float) -> Callable[[Walk, int], Callable[[], None]]:
+def _asleep(seconds: float) -> Begin:
     def begin(_walk: Walk, pid: int) -> Callable[[], None]:
         os.kill(pid, signal.SIGSTOP)
         time.sleep(seconds)  # the fault itself: a machine that sleeps
@@ -126,27 +139,54 @@ def _asleep(seconds: float) -> Callable[[Walk, int], Callable[[], None]]:
 
 _S3_STEPS = ("backup.replicate_off_site", "prepare.check_capacity", "backup.recheck_preparation")
 _DATABASE_STEPS = ("dump_database", "validate_backup", "migrate.", "fence", "rollback.restore_schema", "check_capacity")
-_LEDGER = r"LedgerUnavailableError: the ledger .* cannot be used: .*(full|readonly|disk I/O|unable to open)"
+_SILENT_STEPS = ("dump_database", "migrate_production", "fence_writes", "check_locks")
+_LEDGER = r"LedgerUnavailableError: the ledger .* cannot be used: "
 _ANY = r"[A-Z][A-Za-z]+Error: "
+_STORE = "UnavailableError: .*s3://"
 PROXIES: dict[str, Proxy] = {}
 
 FAULTS = (
-    Fault("ledger: disk full", _LEDGER, within=_sqlite("PRAGMA max_page_count={pages}"), must_hurt=False),
-    Fault("ledger: read-only", _LEDGER, within=_sqlite("PRAGMA query_only=1"), must_hurt=True),
+    Fault("disk of outputs/ full", _ANY, first=_full_disk),
+    Fault("disk of outputs/ full, a few pages more", _ANY, first=lambda walk, number: _full_disk(walk, number + 1)),
+    Fault("disk of outputs/ read-only", _ANY, first=_read_only_disk, must_hurt=True),
     Fault("no file may grow", _ANY, within=_limit(resource.RLIMIT_FSIZE, 8192)),
     Fault("descriptors used up", _ANY, within=_limit(resource.RLIMIT_NOFILE, 24)),
     Fault("clock + 1 h", _ANY, within=_clock(timedelta(hours=1))),
     Fault("clock - 1 h", _ANY, within=_clock(timedelta(hours=-1))),
     Fault("clock + 1 d", _ANY, within=_clock(timedelta(days=1))),
     Fault("clock - 1 d", _ANY, within=_clock(timedelta(days=-1))),
+    Fault("clock set by + 1 h meanwhile", _ANY, within=_jump(timedelta(hours=1))),
+    Fault("clock set by - 1 d meanwhile", _ANY, within=_jump(timedelta(days=-1))),
     Fault("asleep for 2 s", _ANY, beside=_asleep(2)),
     Fault("asleep for 60 s", _ANY, beside=_asleep(60), only=("backup.dump_database", "migrate.migrate_production")),
-    Fault("database restarted", _ANY, beside=_restart_database, only=_DATABASE_STEPS),
-    Fault("store refuses", "UnavailableError: .*s3://", beside=_store("refuse"), only=_S3_STEPS, must_hurt=True),
-    Fault("store answers 503", "UnavailableError: .*s3://", beside=_store("503"), only=_S3_STEPS, must_hurt=True),
-    Fault("store cuts answers", _ANY, beside=_store("cut"), only=_S3_STEPS),
-    Fault("store is slow", _ANY, beside=_store("slow"), only=_S3_STEPS),
-    Fault("store gives other bytes", _ANY, beside=_store("other bytes"), only=_S3_STEPS),
+    Fault("database restarted", _ANY, beside=_restart("postgres"), only=_DATABASE_STEPS),
+    Fault("database refuses", _ANY, first=_proxy("database", "refuse"), only=_DATABASE_STEPS),
+    Fault("database cut in its greeting", _ANY, first=_proxy("database", "cut 300"), only=_DATABASE_STEPS),
+    Fault("database cut later", _ANY, first=_proxy("database", "cut 3000"), only=_DATABASE_STEPS),
+    Fault("database cut meanwhile", _ANY, beside=_proxy("database", "cut 0"), only=_DATABASE_STEPS),
+    Fault("database slow", _ANY, first=_proxy("database", "slow"), only=_DATABASE_STEPS),
+    Fault("database half-open meanwhile", _ANY, beside=_proxy("database", "half-open"), only=_SILENT_STEPS),
+    Fault("store refuses", _STORE, first=_proxy("store", "refuse"), only=_S3_STEPS, must_hurt=True),
+    Fault("store answers 503", _STORE, first=_proxy("store", "503"), only=_S3_STEPS, must_hurt=True),
+    Fault("store cuts answers", _ANY, first=_proxy("store", "cut 300"), only=_S3_STEPS),
+    Fault("store is slow", _ANY, first=_proxy("store", "slow"), only=_S3_STEPS),
+    Fault("store gives other bytes", _ANY, first=_proxy("store", "other bytes"), only=_S3_STEPS),
+    Fault("store half-open", _STORE, first=_proxy("store", "half-open"), only=_S3_STEPS, must_hurt=True),
+    Fault("ledger refuses", _LEDGER, first=_proxy("ledger", "refuse"), must_hurt=True, ledger="postgresql"),
+    Fault(
+        "ledger cut in its greeting", _LEDGER, first=_proxy("ledger", "cut 300"), must_hurt=True, ledger="postgresql"
+    ),
+    Fault("ledger cut later", _LEDGER, first=_proxy("ledger", "cut 20000"), ledger="postgresql"),
+    Fault("ledger cut meanwhile", _LEDGER, beside=_proxy("ledger", "cut 0"), ledger="postgresql"),
+    Fault("ledger slow", _LEDGER, first=_proxy("ledger", "slow"), ledger="postgresql"),
+    Fault("ledger restarted", _LEDGER, beside=_restart_ledger, ledger="postgresql"),
+    Fault(
+        "ledger half-open meanwhile",
+        _LEDGER,
+        beside=_proxy("ledger", "half-open"),
+        only=("backup.dump_database", "migrate.migrate_production", "deploy.deploy_release@app-02"),
+        ledger="postgresql",
+    ),
 )
 
 
@@ -177,14 +217,12 @@ def try_fault(walk: Walk, key: str, fault: Fault) -> Case:
     walk.world.put_back(walk.steps[key]["checkpoint"])
     log, counter = walk.folder / "fault.log", walk.folder / "deeds"
     log.unlink(missing_ok=True)
-    end: Callable[[], None] = lambda: None  # noqa: E731
-    if fault.beside is not None and fault.name.startswith("store"):
-        end = fault.beside(walk, 0)
-        pid = run_step(walk.run_id, key, point=None, counter=counter, log=log)
-    else:
-        pid = run_step(walk.run_id, key, point=None, counter=counter, log=log, before=fault.within)
-        if fault.beside is not None:
-            end = fault.beside(walk, pid)
+    end: Callable[[], object] = lambda: None  # noqa: E731
+    if fault.first is not None:
+        end = fault.first(walk, list(walk.steps).index(key))
+    pid = run_step(walk.run_id, key, point=None, counter=counter, log=log, before=fault.within)
+    if fault.beside is not None:
+        end = fault.beside(walk, pid)
     code = wait(pid)
     end()
     said = log.read_text() if log.exists() else ""
@@ -203,15 +241,18 @@ def try_fault(walk: Walk, key: str, fault: Fault) -> Case:
     return Case(key, fault.name, hurt, named, code in (0, 1, 2, 3, 75), green, differs, broken, text)
 
 
-def plan(walk: Walk, each: int) -> list[tuple[str, Fault]]:
+def plan(walk: Walk, each: int, kind: str = "sqlite") -> list[tuple[str, Fault]]:
     """For each step that many of the faults for all, drawn at random, and all that are meant for it."""
     chosen = []
     for number, key in enumerate(reversed(walk.steps)):
         if any(slow in key for slow in _SLOW):
             continue
-        common = [fault for fault in FAULTS if not fault.only]
+        here = [fault for fault in FAULTS if fault.ledger in ("", kind)]
+        if kind == "postgresql":  # all else was seen with the other ledger
+            here = [fault for fault in here if fault.ledger]
+        common = [fault for fault in here if not fault.only]
         chosen += [(key, fault) for fault in random.Random(number).sample(common, min(each, len(common)))]
-        chosen += [(key, fault) for fault in FAULTS if any(word in key for word in fault.only)]
+        chosen += [(key, fault) for fault in here if any(word in key for word in fault.only)]
     return chosen
 
 
@@ -234,15 +275,21 @@ def main() -> None:
     """Run the cases that have no result yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--ledger", choices=("sqlite", "postgresql"), default="sqlite")
     parser.add_argument("--each", type=int, default=5, help="faults a step, of those for all steps")
     parser.add_argument("--only", default="", help="steps whose key holds this")
+    parser.add_argument("--fault", default="", help="faults whose name holds this")
     given = parser.parse_args()
     given.state.mkdir(parents=True, exist_ok=True)
-    kept = given.state / "faults.jsonl"
+    kept = given.state / f"faults-{given.ledger}.jsonl"
     results = [Case(**json.loads(line)) for line in kept.read_text().splitlines()] if kept.exists() else []
     known = {(r.step, r.fault) for r in results}
-    with proxied(given.state / "world-faults") as walk, kept.open("a") as file:
-        cases = [(key, fault) for key, fault in plan(walk, given.each) if given.only in key]
+    with disturbed(given.state / f"world-faults-{given.ledger}", given.ledger) as walk, kept.open("a") as file:
+        cases = [
+            (key, fault)
+            for key, fault in plan(walk, given.each, given.ledger)
+            if given.only in key and given.fault in fault.name
+        ]
         for key, fault in cases:
             if (key, fault.name) in known:
                 continue
@@ -257,22 +304,63 @@ def main() -> None:
 
 
 @contextmanager
-def proxied(folder: Path) -> Iterator[Walk]:
-    """`walked`, with a proxy before its object store."""
-    made: list[Proxy] = []
+def disturbed(
+    folder: Path, ledger: str = "sqlite", *, wanted: Callable[[str], bool] = lambda _key: True, back: bool = True
+) -> Iterator[Walk]:
+    """`walked`, with proxies before its servers, and a small disk of its own under outputs/.
 
-    def settings(facts: dict[str, Any]) -> dict[str, str]:
-        host, _, port = facts["s3"]["endpoint"].rpartition("/")[2].partition(":")
-        made.append(Proxy((host, int(port)), folder / "proxy-mode").start())
-        return {"backup.store.endpoint": f"http://127.0.0.1:{made[0].port}"}
+    Without root there is no such disk, and no network that loses packets.
+    """
+    network = can_lose_packets()
+    os.environ["PGSSLMODE"] = "disable"  # elsewhere than on the loopback address clients ask for TLS by themselves
+    disk = folder / "project" / "outputs"
+
+    def settings(project: Project, ledger_url: str) -> dict[str, str]:
+        facts = project.facts
+        disk.mkdir(exist_ok=True)
+        if network:
+            subprocess.run(("mount", "-t", "tmpfs", "-o", "size=64m", "runbook-soak", str(disk)), check=True)
+        s3, database = urlsplit(facts["s3"]["endpoint"]), facts["database"]
+        store = _proxied("store", folder, (str(s3.hostname), int(s3.port or 0)), 11 if network else 0)
+        before = _proxied("database", folder, (database["host"], int(database["port"])), 12 if network else 0)
+        passfile = folder / "pgpass"
+        passfile.touch(mode=0o600)
+        lines = Path(database["passfile"]).read_text().splitlines()
+        passfile.write_text("".join("*:*:" + line.split(":", 2)[2] + "\n" for line in lines))
+        chosen = {
+            "backup.store.endpoint": f"http://{store.host}:{store.port}",
+            "database.host": before.host,
+            "database.port": str(before.port),
+            "database.passfile": str(passfile),
+            "backup.timeout_s": "90",
+            "migrations.timeout_s": "60",
+        }
+        if ledger_url:
+            url = urlsplit(ledger_url)
+            passfile = folder / "ledgerpass"
+            passfile.touch(mode=0o600)
+            words = dict(pair.split("=", 1) for pair in url.query.split("&"))
+            lines = Path(words["passfile"]).read_text().splitlines()
+            passfile.write_text("".join("*:*:" + line.split(":", 2)[2] + "\n" for line in lines))
+            there = _proxied("ledger", folder, (str(url.hostname), int(url.port or 0)), 13 if network else 0)
+            address = f"{url.username}@{there.host}:{there.port}"
+            chosen["ledger"] = url._replace(netloc=address, query=f"passfile={passfile}").geturl()
+        return chosen
 
     try:
-        with walked(folder, more=settings) as walk:
-            PROXIES[walk.run_id] = made[0]
+        with walked(folder, ledger=ledger, more=settings, wanted=wanted, back=back) as walk:
             yield walk
     finally:
-        for proxy in made:
-            proxy.stop()
+        for name in list(PROXIES):
+            PROXIES.pop(name).stop()
+        if network:
+            subprocess.run(("umount", "--lazy", str(disk)), check=False)
+
+
+def _proxied(name: str, folder: Path, target: tuple[str, int], network: int) -> Proxy:
+    proxy = Proxy(target, folder / f"proxy-{name}", f"rbsoak-{network}" if network else "").start()
+    PROXIES[name] = proxy
+    return proxy
 
 
 if __name__ == "__main__":

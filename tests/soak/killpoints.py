@@ -203,6 +203,7 @@ class Walk:
 
     def __init__(self, world: World, folder: Path, settings: dict[str, str]) -> None:
         self.world, self.folder, self.settings = world, folder, settings
+        self.server: LedgerServer | None = None
         self.run_id = ""
         self.steps: dict[str, dict[str, Any]] = {}  # key -> checkpoint, view after it, deeds, seconds
 
@@ -272,7 +273,7 @@ def _forget(run: Any) -> None:
 def points_of(walk: Walk, key: str) -> list[Point]:
     """The points at which a step is killed."""
     deeds = walk.steps[key]["deeds"]
-    chosen = sorted({max(1, deeds * share // 4) for share in (1, 2, 3)} | {deeds}) if deeds else []
+    chosen = sorted({max(1, deeds // 2), deeds}) if deeds else []
     middle = [Point(f"mid effect, deed {n} of {deeds}", deed=n) for n in chosen if n]
     return [BEFORE_INTENT, AFTER_INTENT, *middle, CHILD, BEFORE_OUTCOME, AFTER_OUTCOME]
 
@@ -420,6 +421,7 @@ def walked(
         url = server.url("ledger") if server is not None else ""
         settings = more(project, url) if more is not None else {}
         walk = Walk(World(project, folder / "checkpoints", url), folder, settings)
+        walk.server = server
         walk.forward(wanted)
         if back:
             walk.world.take("end")

@@ -23,7 +23,7 @@ class Proxy:
 
     Attributes:
         target: the real server.
-        file: where its mode is written: `pass`, `refuse`, `503`, `cut`, `slow`, `other bytes`.
+        file: where its mode is written: `pass`, `refuse`, `503`, `cut BYTES`, `slow`, `other bytes`.
         network: it listens in a network namespace of its own, whose link can be taken down: packets are lost and nobody
             is told, which is what a half-open connection is. Needs root and iproute2.
     """
@@ -115,9 +115,10 @@ class Proxy:
                     return
                 if ready is server:
                     back += len(data)
-                    if self.mode == "cut" and back > 300:
+                    word, _, bytes_ = self.mode.partition(" ")
+                    if word == "cut" and back > int(bytes_):
                         return  # in the middle of an answer
-                    if self.mode == "slow":
+                    if word == "slow":
                         time.sleep(0.05)
                     if self.mode == "other bytes" and b"\r\n\r\n" in data:
                         head, _, body = data.partition(b"\r\n\r\n")

@@ -209,8 +209,9 @@ class World:
         kept = json.loads((folder / "view.json").read_text())
         wanted, now = kept["view"], self.look()
         for path in (self.project.root / "outputs", self.twin / "backups"):
-            shutil.rmtree(path)
-            shutil.copytree(folder / path.name, path, symlinks=True)
+            for old in path.iterdir():  # the folder itself may be a disk
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            shutil.copytree(folder / path.name, path, symlinks=True, dirs_exist_ok=True)
         if now["repository"] != wanted["repository"]:
             shutil.rmtree(self.twin / "shop.git")
             shutil.copytree(folder / "shop.git", self.twin / "shop.git", symlinks=True)
