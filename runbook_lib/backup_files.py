@@ -68,8 +68,12 @@ def part_of(final: Path) -> Path:
     return final.with_name(final.name + ".part")
 
 
-def _proof(run: Run, final: Path) -> Path:
-    return scratch(run) / f"{final.name}.json"
+def _proof(final: Path, digest: str) -> Path:
+    """The note of what was verified, beside the backup: whoever sees the one sees the other.
+
+    It is named by the content that it is of: two executors may verify two archives, and one of them gets the name.
+    """
+    return final.with_name(f"{final.name}.{digest[:16]}.json")
 
 
 def fresh_part(final: Path) -> Path:
@@ -78,6 +82,8 @@ def fresh_part(final: Path) -> Path:
     What a killed attempt of this run left under the scratch name is removed: nothing of it still runs.
     """
     part = part_of(final)
+    for note in final.parent.glob(f"{final.name}.*.json"):
+        note.unlink(missing_ok=True)
     part.unlink(missing_ok=True)
     os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     return part
@@ -89,9 +95,9 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def finish(run: Run, part: Path, final: Path, result: StepResult) -> None:
+def finish(part: Path, final: Path, result: StepResult) -> None:
     """Give the backup its name: the last effect, so that the name alone says that it is whole and verified."""
-    write_atomically(_proof(run, final), canonical_json(result.as_json()), mode=0o600)
+    write_atomically(_proof(final, str(result.facts["sha256"])), canonical_json(result.as_json()), mode=0o600)
     try:
         final.hardlink_to(part)  # unlike a rename it never replaces
     except OSError as error:
@@ -103,7 +109,7 @@ def finish(run: Run, part: Path, final: Path, result: StepResult) -> None:
     sync_folder(final.parent)
 
 
-def finished(run: Run, final: Path) -> StepResult | None:
+def finished(final: Path) -> StepResult | None:
     """The result of a backup that a killed process finished; None when its name is not there.
 
     Raises:
@@ -111,9 +117,10 @@ def finished(run: Run, final: Path) -> StepResult | None:
     """
     if not final.exists():
         return None
-    proof = _proof(run, final)
+    digest = sha256_file(final)
+    proof = _proof(final, digest)
     result = StepResult.from_json(json.loads(proof.read_bytes())) if proof.exists() else None
-    if result is None or sha256_file(final) != result.facts["sha256"]:
+    if result is None or digest != result.facts["sha256"]:
         raise StepInDoubtError(f"{final} is there and is not what this run verified", remedy="compare it by hand")
     part_of(final).unlink(missing_ok=True)
     return result

@@ -59,10 +59,10 @@ def test_a_whole_backup_is_proved_and_named_in_one_manifest(opened: Open, twin: 
     assert [entry["kind"] for entry in manifest["files"]] == ["dump", *["files"] * 4, "inventory"]
     assert all(entry["equal"] for entry in manifest["files"])
     assert manifest["inventory"]["tables"]["public.orders"]["rows"] >= 5000
-    assert {path.name for path in Path(run.params.backup.directory).iterdir()} == {
-        f"{run.run_id}.dump",
-        *(f"{run.run_id}-{host}.tgz" for host in run.params.all_hosts),
-    }
+    backups = {f"{run.run_id}.dump", *(f"{run.run_id}-{host}.tgz" for host in run.params.all_hosts)}
+    digests = {entry["file"]: entry["source_sha256"] for entry in manifest["files"]}
+    notes = {f"{name}.{digests[name][:16]}.json" for name in backups}
+    assert {path.name for path in Path(run.params.backup.directory).iterdir()} == backups | notes
     assert all(path.stat().st_mode & 0o077 == 0 for path in Path(run.params.backup.directory).iterdir())
     assert _scratch_databases(twin) == []
     listed = json.loads((run.folder / "artifacts/backup/files-app-01.json").read_bytes())["files"]

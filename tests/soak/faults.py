@@ -50,6 +50,7 @@ class Fault:
         only: steps whose key holds one of these; empty for all.
         names: what the step's process says of it, as a regular expression; any error of ours when the fault need not hurt.
         ledger: the kind of ledger that it is for; empty for both.
+        root: it needs a disk or a network of its own.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Fault:
     only: tuple[str, ...] = ()
     must_hurt: bool = False
     ledger: str = ""
+    root: bool = False
 
 
 def _limit(what: int, value: int) -> Callable[[], None]:
@@ -146,9 +148,14 @@ _STORE = "UnavailableError: .*s3://"
 PROXIES: dict[str, Proxy] = {}
 
 FAULTS = (
-    Fault("disk of outputs/ full", _ANY, first=_full_disk),
-    Fault("disk of outputs/ full, a few pages more", _ANY, first=lambda walk, number: _full_disk(walk, number + 1)),
-    Fault("disk of outputs/ read-only", _ANY, first=_read_only_disk, must_hurt=True),
+    Fault("disk of outputs/ full", _ANY, first=_full_disk, root=True),
+    Fault(
+        "disk of outputs/ full, a few pages more",
+        _ANY,
+        first=lambda walk, number: _full_disk(walk, number + 1),
+        root=True,
+    ),
+    Fault("disk of outputs/ read-only", _ANY, first=_read_only_disk, must_hurt=True, root=True),
     Fault("no file may grow", _ANY, within=_limit(resource.RLIMIT_FSIZE, 8192)),
     Fault("descriptors used up", _ANY, within=_limit(resource.RLIMIT_NOFILE, 24)),
     Fault("clock + 1 h", _ANY, within=_clock(timedelta(hours=1))),
@@ -165,13 +172,13 @@ FAULTS = (
     Fault("database cut later", _ANY, first=_proxy("database", "cut 3000"), only=_DATABASE_STEPS),
     Fault("database cut meanwhile", _ANY, beside=_proxy("database", "cut 0"), only=_DATABASE_STEPS),
     Fault("database slow", _ANY, first=_proxy("database", "slow"), only=_DATABASE_STEPS),
-    Fault("database half-open meanwhile", _ANY, beside=_proxy("database", "half-open"), only=_SILENT_STEPS),
+    Fault("database half-open meanwhile", _ANY, beside=_proxy("database", "half-open"), only=_SILENT_STEPS, root=True),
     Fault("store refuses", _STORE, first=_proxy("store", "refuse"), only=_S3_STEPS, must_hurt=True),
     Fault("store answers 503", _STORE, first=_proxy("store", "503"), only=_S3_STEPS, must_hurt=True),
     Fault("store cuts answers", _ANY, first=_proxy("store", "cut 300"), only=_S3_STEPS),
     Fault("store is slow", _ANY, first=_proxy("store", "slow"), only=_S3_STEPS),
     Fault("store gives other bytes", _ANY, first=_proxy("store", "other bytes"), only=_S3_STEPS),
-    Fault("store half-open", _STORE, first=_proxy("store", "half-open"), only=_S3_STEPS, must_hurt=True),
+    Fault("store half-open", _STORE, first=_proxy("store", "half-open"), only=_S3_STEPS, must_hurt=True, root=True),
     Fault("ledger refuses", _LEDGER, first=_proxy("ledger", "refuse"), must_hurt=True, ledger="postgresql"),
     Fault(
         "ledger cut in its greeting", _LEDGER, first=_proxy("ledger", "cut 300"), must_hurt=True, ledger="postgresql"
@@ -186,6 +193,7 @@ FAULTS = (
         beside=_proxy("ledger", "half-open"),
         only=("backup.dump_database", "migrate.migrate_production", "deploy.deploy_release@app-02"),
         ledger="postgresql",
+        root=True,
     ),
 )
 
@@ -247,7 +255,7 @@ def plan(walk: Walk, each: int, kind: str = "sqlite") -> list[tuple[str, Fault]]
     for number, key in enumerate(reversed(walk.steps)):
         if any(slow in key for slow in _SLOW):
             continue
-        here = [fault for fault in FAULTS if fault.ledger in ("", kind)]
+        here = [fault for fault in FAULTS if fault.ledger in ("", kind) and (can_lose_packets() or not fault.root)]
         if kind == "postgresql":  # all else was seen with the other ledger
             here = [fault for fault in here if fault.ledger]
         common = [fault for fault in here if not fault.only]

@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -169,7 +170,7 @@ class Watching:
                 row = session.execute("SELECT count(*) FROM events WHERE kind = %s", (kind,)).fetchone()
         else:
             path = self.walk.world.project.root / "outputs" / "ledger.sqlite"
-            with sqlite3.connect(path, timeout=30) as session:
+            with closing(sqlite3.connect(path, timeout=30)) as session:
                 row = session.execute("SELECT count(*) FROM events WHERE kind = ?", (kind,)).fetchone()
         assert row is not None
         return int(row[0])
@@ -204,13 +205,13 @@ def disturb(walk: Walk, executor: int, target: str, delay_s: float, draw: random
 # --- a case ------------------------------------------------------------------------------------------------------
 
 
-def try_kill(walk: Walk, number: int) -> Kill:
-    """Run one case; everything about it is drawn from its number."""
+def try_kill(walk: Walk, number: int, key: str) -> Kill:
+    """Run one case; all that is not given is drawn from its number."""
     from runbook_lib import wiring
     from runbook_lib.fsck import examine
 
     draw = random.Random(number)
-    key, target = _step(walk, number), draw.choice(TARGETS)
+    target = draw.choice(TARGETS)
     phase, rest = key.partition(".")[0], _rest(walk, key)
     _shorten(walk, phase, rest[-1])
     before = walk.world.put_back(walk.steps[key]["checkpoint"])
@@ -343,7 +344,7 @@ def main() -> None:
         # The last step first, see `killpoints.all_cases`; a few end before they can be killed.
         keys, numbers = list(walk.steps), range(first, first + given.kills * 51 // 50 + 1)
         for number in sorted(set(numbers) - known, key=lambda n: -keys.index(_step(walk, n))):
-            result = try_kill(walk, number)
+            result = try_kill(walk, number, _step(walk, number))
             results.append(result)
             file.write(json.dumps(asdict(result)) + "\n")
             file.flush()

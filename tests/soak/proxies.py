@@ -103,14 +103,21 @@ class Proxy:
                 client.recv(65536)
                 client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
                 return
-            with socket.create_connection(self.target) as server:
+            try:
+                server = socket.create_connection(self.target)
+            except OSError:
+                return  # it is down: so is its proxy
+            with server:
                 self._pump(client, server)
 
     def _pump(self, client: socket.socket, server: socket.socket) -> None:
         back = 0
         while True:
             for ready in select.select([client, server], [], [], 300)[0] or [None]:
-                data = ready.recv(65536) if ready is not None else b""
+                try:
+                    data = ready.recv(65536) if ready is not None else b""
+                except OSError:
+                    return
                 if not data:
                     return
                 if ready is server:
