@@ -23,9 +23,12 @@ test: install
 	sh rehearsal/install-debian.sh
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# Some hours. It can be stopped: what has a result in SOAK is not run again.
+SOAK ?= .soak
 soak: install
 	$(BIN)/python -m pytest -m soak
 	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=soak
+	$(BIN)/python -m tests.soak --state $(SOAK)
 
 check: install
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runbook_lib.model import Status
+from runbook_lib.model import Status, shown
 from runbook_lib.pages import moment, page, pill, seconds, text, visible
 from runbook_lib.state import RunState, StepState
 
@@ -171,8 +171,10 @@ def status_text(state: RunState) -> str:
         by_phase.setdefault(key.partition(".")[0], []).append(_step_mark(step))
     lines += [f"  {phase:<9} {''.join(marks)}" for phase, marks in by_phase.items()]
     for key, step in state.steps.items():
-        if step.status in (Status.FAILED, Status.BLOCKED):
+        if step.status is Status.FAILED:
             lines.append(f"  {_step_mark(step)} {key}: {_one_line(step.error) or step.status.value}")
+        elif step.status is Status.BLOCKED:
+            lines += _doubt(state.run_id, key, step)
         elif step.status is Status.RUNNING:
             lines.append(f"  ● {key} since {step.intent_time}, outcome not known yet")
     for name, gate in state.gates.items():
@@ -182,6 +184,25 @@ def status_text(state: RunState) -> str:
         lines.append(f"check  {name}: {'passed' if check['passed'] else 'failed'}, says {check['person']}")
     lines += [f"clock  {said}" for said in clock_jumps(state)]
     return "\n".join(visible(line) for line in lines)
+
+
+def _doubt(run_id: str, key: str, step: StepState) -> list[str]:
+    """A blocked step: what is known of it, what is not, and the two commands of which one settles it."""
+    intent = step.intent
+    process = intent.get("executor", {})
+    before = "; ".join(f"{name}: {shown(value)}" for name, value in intent.get("pre_state", {}).items())
+    settle = f"runbook resolve {run_id} {key}"
+    signed = "--as PERSON --key FILE --comment WHAT_YOU_SAW"
+    return [
+        f"  ? {key}: {_one_line(step.error) or 'blocked'}",
+        f"      known    attempt {step.attempt} on {intent.get('target', '?')} was begun {step.intent_time} by process "
+        f"{process.get('pid', '?')} on {process.get('host', '?')}, which is gone",
+        *([f"      before   {_one_line(before)}"] if before else []),
+        f"      logs     {intent.get('children', 'none')}/ in the run's folder",
+        "      unknown  whether its effect is there, wholly or in part",
+        f"      next     {settle} --done {signed}",
+        f"      or       {settle} --not-done {signed}",
+    ]
 
 
 def clock_jumps(state: RunState) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 
-from runbook_lib import executor, wiring
+from runbook_lib import executor, gate, wiring
 from runbook_lib.adapters import processes
 from runbook_lib.errors import PausedError, UsageError
 from runbook_lib.model import Status
@@ -105,6 +106,7 @@ def test_a_settled_step_is_never_reset_by_a_slower_executor(opened: Open) -> Non
 
 _HOLDER = """
 import sys
+import time
 from runbook_lib import lease, wiring
 with lease.held(wiring.attach(sys.argv[1])):
     print("held", flush=True)
@@ -154,3 +156,19 @@ def test_a_process_on_another_machine_is_never_taken_for_dead(opened: Open) -> N
         prepare.confirm_candidate(one.run)
 
     assert one.run.state.step(prepare.confirm_candidate.key()).status is Status.PENDING
+
+
+@pytest.mark.parametrize("shift", [86400.0, -86400.0])
+def test_a_clock_that_is_set_while_a_gate_is_open_times_nobody_out(
+    opened: Open,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    shift: float,
+) -> None:
+    run = opened().run
+    gate.open_round(run, "backup")
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + shift)
+
+    statement = gate.decision_statement(run, "backup", "reject", "ada", "not tonight")
+
+    assert b"not tonight" in statement

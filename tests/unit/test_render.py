@@ -110,6 +110,34 @@ def marks(state: RunState) -> dict[str, bool | None]:
     return {row.phase: row.done for row in checklist(state)}
 
 
+def test_a_blocked_step_says_what_is_known_what_is_not_and_the_two_commands() -> None:
+    intent = {
+        "step": "migrate.migrate_production",
+        "title": "",
+        "attempt": 1,
+        "target": "rehearsal",
+        "executor": {"pid": 4711, "host": "laptop"},
+        "children": "logs/migrate.migrate_production/1",
+        "pre_state": {"versions": ["20260101"]},
+    }
+    why = "20260102_b.sql runs outside a transaction and may be half done"
+    state = fold(begun().add("step_intent", **intent).add("step_blocked", step=intent["step"], why=why))
+
+    said = status_text(state)
+
+    for words in (
+        f"? migrate.migrate_production: {why}",
+        "attempt 1 on rehearsal was begun",
+        "by process 4711 on laptop",
+        "before   versions: 20260101",
+        "logs/migrate.migrate_production/1",
+        "unknown  whether its effect is there",
+        "runbook resolve RUN-1 migrate.migrate_production --done --as PERSON --key FILE --comment WHAT_YOU_SAW",
+        "runbook resolve RUN-1 migrate.migrate_production --not-done --as PERSON",
+    ):
+        assert words in said, said
+
+
 def test_the_checklist_is_the_playbooks_nine_rows() -> None:
     playbook = """
     | Backups complete & validated | `tar`, `pg_dump`, S3 sync | Ops     |            |
