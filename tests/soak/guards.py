@@ -47,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the tests said without a guard; `of` is the digest of all that it depends on."""
+    """What the tests said without a guard; `of` is the digest of guard, source and tests, see `depends_on`."""
 
     guard: str
     of: str
