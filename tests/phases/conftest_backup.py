@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -102,6 +103,8 @@ def opened(twin: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }
     (home / "stack.json").write_text(json.dumps(facts))
     monkeypatch.setenv("RUNBOOK_HOME", str(home))
+    # A run puts its tools in front of this process's PATH: those of one test are not the next one's.
+    monkeypatch.setenv("PATH", os.environ["PATH"])
 
     from runbook_lib import phases
 

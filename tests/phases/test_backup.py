@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -129,6 +130,8 @@ def test_a_damaged_dump_does_not_pass(opened: Open, twin: dict[str, Any], damage
         backup.validate_backup(one.run)
 
     assert one.run.state.step("backup.validate_backup").status is Status.FAILED
+    if damage == "cut":
+        assert "(pg_restore-read)" in str(error.value), "its table of contents is whole, and it is never restored"
     if damage == "row":
         assert "products" in str(error.value)
     assert _scratch_databases(twin) == []
@@ -152,6 +155,61 @@ def test_a_file_that_changed_after_its_proof_is_not_copied(opened: Open) -> None
 
     with pytest.raises(StepFailedError, match="expected"):
         backup.replicate_off_site(one.run)
+
+
+def test_a_copy_that_comes_back_as_something_else_is_no_copy(opened: Open) -> None:  # noqa: F811
+    one = opened()
+    _backed_up(one)
+    dump, store = backup_files.dump_path(one.run), one.run.services.store
+    digest = backup_files.sha256_file(dump)
+    # A store whose disk decays: size and digest are told as they were, the bytes are others.
+    store._client.put_object(  # type: ignore[attr-defined]
+        Bucket=store.bucket,  # type: ignore[attr-defined]
+        Key=f"{store.prefix}/{one.run.run_id}/{dump.name}",  # type: ignore[attr-defined]
+        Body=bytes(dump.stat().st_size),
+        Metadata={"sha256": digest},
+    )
+
+    with pytest.raises(StepFailedError, match=rf"{dump.name} came back with sha256 \w+, expected {digest}"):
+        backup.replicate_off_site(one.run)
+
+
+def test_a_backup_is_on_disk_before_it_gets_its_name(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    one = opened()
+    fsync, link = os.fsync, os.link
+    synced: list[Path] = []
+    named: dict[str, bool] = {}
+
+    def seen_fsync(handle: int) -> None:
+        fsync(handle)
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+
+    def seen_link(source: Path, target: Path, **more: Any) -> None:
+        link(source, target, **more)
+        named[Path(target).name] = Path(source) in synced
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(os, "link", seen_link)
+
+    _backed_up(one)
+
+    files = [backup_files.archive_path(one.run, host) for host in one.run.params.all_hosts]
+    assert named == {path.name: True for path in (*files, backup_files.dump_path(one.run))}
+
+
+def test_an_archive_that_is_not_its_source_gets_no_name(opened: Open, tmp_path: Path) -> None:  # noqa: F811
+    one = opened()
+    # A tar that leaves out a file and is content with itself.
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    real = shutil.which("tar")
+    (tools / "tar").write_text(f'#!/bin/sh\nexec {real} --exclude=REVISION "$@"\n')
+    (tools / "tar").chmod(0o755)
+
+    with _path(tools), pytest.raises(StepFailedError, match="is not its source: 1 files missing"):
+        backup.archive_files(one.run)
+
+    assert list(Path(one.run.params.backup.directory).iterdir()) == []
 
 
 def test_a_local_file_that_differs_closes_the_gate(opened: Open) -> None:  # noqa: F811

@@ -431,6 +431,34 @@ def test_one_flipped_bit_anywhere_is_seen(sealed: Story) -> None:
     assert sealed.wrong() == []
 
 
+def listed_again(folder: Path) -> None:
+    """What somebody would do who changes a file: mend its line in SHA256SUMS too."""
+    left_out = ("review/", "statement.json", "SHA256SUMS")
+    lines = [f"{sha256(c)}  {p}\n" for p, c in sorted(contents(folder).items()) if not p.startswith(left_out)]
+    (folder / "SHA256SUMS").write_text("".join(lines))
+
+
+@pytest.mark.parametrize("change", ["changed", "added", "removed"])
+def test_a_change_that_stands_in_sha256sums_too_is_seen(sealed: Story, change: str) -> None:
+    path = sealed.folder / ("notebooks/02_other.ipynb" if change == "added" else "notebooks/01_backup.ipynb")
+    if change == "removed":
+        path.unlink()
+        (path.parent / "other.txt").write_text("no empty folder")
+    else:
+        path.write_text("other")
+    listed_again(sealed.folder)
+
+    assert (f"notebooks/{path.name}", "files") in {(c.where, c.name) for c in sealed.wrong()}
+
+
+def test_a_statement_that_a_stranger_signed_does_not_hold(sealed: Story) -> None:
+    path = sealed.folder / "statement.json"
+    signature = signatures.sign(path.read_bytes(), key=sealed.keys["stranger"], namespace="runbook-record")
+    path.with_name("statement.json.sig").write_bytes(signature)
+
+    assert "signature" in {c.name for c in sealed.wrong()}
+
+
 def test_every_deleted_or_emptied_file_is_seen(sealed: Story) -> None:
     for path in sorted(p for p in sealed.folder.rglob("*") if p.is_file()):
         content = path.read_bytes()
@@ -617,6 +645,21 @@ def test_even_the_recorder_cannot_change_the_evidence_after_the_decision(sealed:
     assert "artifacts/backup/manifest.json" in wrong
 
 
+def test_even_the_recorder_cannot_leave_a_file_out_of_sha256sums(sealed: Story) -> None:
+    listed, path = sealed.folder / "SHA256SUMS", sealed.folder / "statement.json"
+    listed.write_bytes(b"".join(listed.read_bytes().splitlines(keepends=True)[1:]))
+    statement = json.loads(path.read_bytes())
+    for subject in statement["subject"]:
+        if subject["name"] == "SHA256SUMS":
+            subject["digest"]["sha256"] = sha256(listed.read_bytes())
+    path.write_bytes(canonical_json(statement))
+    signature = signatures.sign(path.read_bytes(), key=sealed.keys["recorder"], namespace="runbook-record")
+    path.with_name("statement.json.sig").write_bytes(signature)
+    shutil.rmtree(sealed.folder / "review")
+
+    assert [c.name for c in sealed.wrong()] == ["SHA256SUMS"]
+
+
 def test_even_the_recorder_cannot_bring_a_script_into_the_pages(sealed: Story) -> None:
     page = sealed.folder / "artifacts/page.html"
     for content in (
@@ -660,6 +703,20 @@ def test_a_decision_for_something_else_or_by_somebody_else_does_not_stand(
     wrong = {c.name: c.why for c in story.wrong()}
     assert why in wrong["decision"]
     assert "does not stand" in wrong["gates"]
+
+
+def test_who_opened_the_run_cannot_approve_it_whatever_their_role(
+    story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PARAMS["people"]["eve"], "roles", ["lead"])  # type: ignore[index]
+    manifest = story.until_gate_1()
+    story.decide(story.ask("backup", manifest), "eve", manifest)
+    story.append("run_ended", {"state": "aborted"})
+
+    with pytest.raises(VerificationError):
+        story.seal()
+
+    assert "eve opened the run and may not approve it" in {c.name: c.why for c in story.wrong()}["decision"]
 
 
 def test_one_person_cannot_sign_as_another(story: Story) -> None:

@@ -44,6 +44,14 @@ def test_events_cannot_be_changed_or_removed(ledger: Ledger, statement: str) -> 
     assert len(ledger.events("run-1")) == 1
 
 
+def test_a_table_of_events_cannot_be_emptied(ledger_server: LedgerServer) -> None:
+    ledger = Ledger(ledger_server.new_ledger())
+    ledger.append("run-1", "run_opened", OPENED, environment="rehearsal")
+
+    with pytest.raises(sa.exc.DBAPIError, match="append-only"), ledger._engine.begin() as connection:
+        connection.exec_driver_sql("TRUNCATE events")
+
+
 @pytest.mark.parametrize("column", ["data", "time", "kind", "prev", "hash"])
 def test_an_event_changed_behind_the_triggers_breaks_the_chain(ledger: Ledger, column: str) -> None:
     ledger.append("run-1", "note", {"text": "a"})
@@ -188,6 +196,15 @@ def test_sqlite_is_durable(tmp_path: Path) -> None:
     with ledger._engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+
+
+def test_postgresql_is_durable_whatever_the_database_prefers(ledger_server: LedgerServer) -> None:
+    url = ledger_server.new_ledger()
+    with ledger_server.session() as session:
+        session.execute(f"ALTER DATABASE {sa.make_url(url).database} SET synchronous_commit = off")
+
+    with Ledger(url)._engine.connect() as connection:
+        assert connection.exec_driver_sql("SHOW synchronous_commit").scalar() == "on"
 
 
 def test_processes_that_open_a_new_ledger_at_once_all_can(ledger_url: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -86,6 +87,19 @@ def test_a_child_whose_starter_was_killed_is_waited_for(tmp_path: Path) -> None:
 
     assert (tmp_path / "effect").read_text() == "done\n"
     assert (tmp_path / "held.exit").read_text() == "0\n"
+
+
+def test_a_command_whose_starter_was_killed_before_it_wrote_its_pid_is_waited_for(tmp_path: Path) -> None:
+    with (tmp_path / "held.lock").open("a+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        child = subprocess.Popen(("sleep", "60"), stdin=lock)
+    try:
+        with pytest.raises(StepInDoubtError, match=r"its command \(held\) still runs"):
+            processes.wait_for_children(tmp_path, timeout_s=0.2)
+    finally:
+        child.kill()
+        child.wait()
+    processes.wait_for_children(tmp_path, timeout_s=20)
 
 
 def test_a_reused_pid_is_not_taken_for_the_old_process(tmp_path: Path) -> None:

@@ -1,0 +1,845 @@
+"""The guards: what stands in the source, what it would be without the guard, and the tests that then fail.
+
+`guards` takes them out one by one. What stands here must occur exactly once in its file: whoever changes such a line
+mends its guard too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """One thing that keeps a release safe.
+
+    Args:
+        name: in the operator's words.
+        file: where it stands.
+        there: its source text, exactly once in the file.
+        instead: what replaces it; the file must still be Python.
+        tests: pytest's ids; each must fail without the guard.
+    """
+
+    name: str
+    file: str
+    there: str
+    instead: str
+    tests: tuple[str, ...]
+
+
+_LEDGER, _STEP, _LEASE = "runbook_lib/ledger.py", "runbook_lib/step.py", "runbook_lib/lease.py"
+_FENCE, _GATE, _DECISIONS = "runbook_lib/fence.py", "runbook_lib/gate.py", "runbook_lib/decisions.py"
+_SIGNATURES, _CANONICAL, _BACKUP = (
+    "runbook_lib/signatures.py",
+    "runbook_lib/canonical.py",
+    "runbook_lib/phases/backup.py",
+)
+_RESTORE, _FILES, _MIRROR = "runbook_lib/restore.py", "runbook_lib/backup_files.py", "runbook_lib/mirror.py"
+_OBJECTS, _SHELL, _PROCESSES = (f"runbook_lib/adapters/{name}.py" for name in ("objects", "shell", "processes"))
+_SEAL, _VERIFY, _VERIFY_DECISIONS = (
+    f"runbook_lib/{name}.py" for name in ("archive", "verification", "verify_decisions")
+)
+
+_T_LEDGER, _T_STEP, _T_GATE = (f"tests/unit/test_{name}.py::test_" for name in ("ledger", "step", "gate"))
+_T_DURABLE, _T_PROCESSES, _T_ARCHIVE = (
+    f"tests/unit/test_{name}.py::test_" for name in ("durable", "processes", "archive")
+)
+_T_SIGNATURES, _T_HOST_FENCE = (f"tests/unit/test_{name}.py::test_" for name in ("signatures", "host_fence"))
+_T_OBJECTS, _T_MIRROR = (f"tests/contracts/test_{name}.py::test_" for name in ("objects", "mirror"))
+_T_BACKUP, _T_FENCE, _T_OPENING = (f"tests/phases/test_{name}.py::test_" for name in ("backup", "fence", "opening"))
+
+_STEPS = (
+    Guard(
+        "the intent is committed before the effect",
+        _STEP,
+        """\
+        run.ledger.append(run.run_id, "step_intent", intent, guard=verified)
+        with _attempting(Attempt(key, number, folder)):
+            try:
+                result = self.action(*arguments)
+""",
+        """\
+        with _attempting(Attempt(key, number, folder)):
+            try:
+                result = self.action(*arguments)
+                run.ledger.append(run.run_id, "step_intent", intent, guard=verified)
+""",
+        (f"{_T_STEP}the_intent_is_committed_before_the_effect",),
+    ),
+    Guard(
+        "an outcome is written only while a step runs",
+        _STEP,
+        'if now.status is not Status.RUNNING or now.attempt != data["attempt"]:',
+        'if now.attempt != data["attempt"]:',
+        (
+            f"{_T_STEP}an_outcome_is_only_written_while_its_own_attempt_runs[False]",
+            f"{_T_OPENING}a_settled_step_is_never_reset_by_a_slower_executor",
+        ),
+    ),
+    Guard(
+        "an outcome is written only for its own attempt",
+        _STEP,
+        'if now.status is not Status.RUNNING or now.attempt != data["attempt"]:',
+        "if now.status is not Status.RUNNING:",
+        (f"{_T_STEP}an_outcome_is_only_written_while_its_own_attempt_runs[True]",),
+    ),
+    Guard(
+        "a green step answers from the ledger",
+        _STEP,
+        "if known.status is Status.GREEN and known.result is not None:",
+        "if False:",
+        (f"{_T_STEP}a_green_step_answers_from_the_ledger_and_does_nothing",),
+    ),
+    Guard(
+        "a blocked step waits for a person",
+        _STEP,
+        "if known.status is Status.BLOCKED:",
+        "if False:",
+        (f"{_T_STEP}a_blocked_step_waits_for_a_person",),
+    ),
+    Guard(
+        "the steps in front must be green",
+        _STEP,
+        "if not earlier.is_green(run, state):",
+        "if False:",
+        (f"{_T_STEP}no_step_starts_before_the_one_in_front_of_it_is_green",),
+    ),
+    Guard(
+        "what changed meanwhile is seen inside the transaction that writes the intent",
+        _STEP,
+        "            self._refuse_out_of_order(run, state)\n            if self.phase",
+        "            if self.phase",
+        (f"{_T_STEP}what_changed_while_a_step_got_ready_is_seen_before_its_intent",),
+    ),
+    Guard(
+        "of two executors that begin a step one does it",
+        _STEP,
+        "if now.status in (Status.GREEN, Status.RUNNING, Status.BLOCKED) or now.attempt + 1 != number:",
+        "if False:",
+        (f"{_T_STEP}of_two_that_begin_a_step_at_once_one_does_it",),
+    ),
+    Guard(
+        "a run that does not hold the environment changes nothing there",
+        _STEP,
+        'if self.phase not in ("prepare", "review") and not state.locked:',
+        "if False:",
+        (f"{_T_STEP}a_run_that_does_not_hold_its_environment_changes_nothing_there",),
+    ),
+    Guard(
+        "steps behind a gate ask it again inside the transaction that writes their intent",
+        _STEP,
+        'intent["gates"] = dict(self.guard(run, state, self))',
+        'intent["gates"] = {}',
+        (f"{_T_GATE}with_its_approval_the_step_behind_the_gate_runs_and_names_it",),
+    ),
+    Guard(
+        "a ledger that went away in the middle leaves the step in doubt, not failed",
+        _STEP,
+        "except (FencedError, LedgerUnavailableError):",
+        "except ():",
+        (f"{_T_STEP}a_ledger_that_is_away_in_the_middle_leaves_the_step_in_doubt",),
+    ),
+    Guard(
+        "a step whose process still runs is left to it",
+        _STEP,
+        "        lease.refuse_at_work(run, key, known.intent, known.intent_time)\n",
+        "",
+        (f"{_T_STEP}a_step_whose_process_still_runs_is_left_to_it",),
+    ),
+    Guard(
+        "commands that outlived their executor are waited for before the probe looks",
+        _STEP,
+        "            processes.wait_for_children(folder, timeout_s=self.timeout_s)\n",
+        "            pass\n",
+        (
+            f"{_T_STEP}a_command_that_outlived_its_executor_has_ended_before_the_probe_looks",
+            f"{_T_BACKUP}killed_while_dumping_the_dump_that_went_on_is_taken",
+        ),
+    ),
+    Guard(
+        "database sessions that outlived their executor are ended before the probe looks",
+        _STEP,
+        "        fence.end_left_over(run)\n",
+        "",
+        (f"{_T_STEP}a_session_that_outlived_its_executor_has_ended_before_the_probe_looks",),
+    ),
+    Guard(
+        "what only a person can tell is not done again",
+        _STEP,
+        """\
+        if self.recovery is Recovery.ASK or self.settle is None:
+            raise self._block(run, key, known, "only a person can tell whether it happened")
+""",
+        """\
+        if self.settle is None:
+            self._write(run, "step_reset", {"step": key, "attempt": known.attempt, "why": "repeatable"})
+            return None
+""",
+        (f"{_T_STEP}what_only_a_person_can_tell_is_not_done_again",),
+    ),
+    Guard(
+        "secrets are redacted in the ledger's errors",
+        _STEP,
+        '"error": run.secrets.redacted(said)[:4000],',
+        '"error": said[:4000],',
+        (f"{_T_STEP}a_secret_in_an_error_does_not_come_into_the_ledger",),
+    ),
+)
+
+_DURABLE = (
+    Guard(
+        "a file's content is on disk before it gets its name",
+        _CANONICAL,
+        "            os.fsync(file.fileno())\n",
+        "",
+        (f"{_T_DURABLE}a_file_is_on_disk_before_it_gets_its_name_and_its_folder_after",),
+    ),
+    Guard(
+        "a name is on disk: its folder is synced",
+        _CANONICAL,
+        "    sync_folder(path.parent)\n",
+        "",
+        (f"{_T_DURABLE}a_file_is_on_disk_before_it_gets_its_name_and_its_folder_after",),
+    ),
+    Guard(
+        "a file is replaced whole",
+        _CANONICAL,
+        "os.replace(scratch, path)",
+        "path.write_bytes(content); os.unlink(scratch)",
+        (f"{_T_DURABLE}who_reads_meanwhile_sees_the_old_content_or_the_new",),
+    ),
+    Guard(
+        "an event is on disk before the ledger says so (SQLite)",
+        _LEDGER,
+        "PRAGMA synchronous=FULL",
+        "PRAGMA synchronous=NORMAL",
+        (f"{_T_LEDGER}sqlite_is_durable",),
+    ),
+    Guard(
+        "an event is on disk before the ledger says so (PostgreSQL)",
+        _LEDGER,
+        '"-c synchronous_commit=on"',
+        '""',
+        (f"{_T_LEDGER}postgresql_is_durable_whatever_the_database_prefers",),
+    ),
+    Guard(
+        "an archive of files is on disk before it gets its name",
+        _BACKUP,
+        "        on_disk.sync(part)\n        archived =",
+        "        archived =",
+        (f"{_T_BACKUP}a_backup_is_on_disk_before_it_gets_its_name",),
+    ),
+    Guard(
+        "a dump is on disk before it gets its name",
+        _BACKUP,
+        "    on_disk.sync(part)\n    kept =",
+        "    kept =",
+        (f"{_T_BACKUP}a_backup_is_on_disk_before_it_gets_its_name",),
+    ),
+    Guard(
+        "a backup's name is on disk: its folder is synced",
+        _FILES,
+        "    sync_folder(final.parent)\n",
+        "",
+        (f"{_T_DURABLE}a_backup_gets_its_name_when_its_proof_is_on_disk_and_its_folder_follows",),
+    ),
+)
+
+_EVENTS = (
+    Guard(
+        "events are only appended (SQLite)",
+        _LEDGER,
+        "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+        "BEGIN SELECT 1; END",
+        (
+            f"{_T_LEDGER}events_cannot_be_changed_or_removed[sqlite-UPDATE events SET data = '{{}}']",
+            f"{_T_LEDGER}events_cannot_be_changed_or_removed[sqlite-DELETE FROM events]",
+        ),
+    ),
+    Guard(
+        "events are only appended (PostgreSQL)",
+        _LEDGER,
+        "$$ BEGIN RAISE EXCEPTION 'the ledger is append-only'; END $$",
+        "$$ BEGIN RETURN NULL; END $$",
+        (
+            f"{_T_LEDGER}events_cannot_be_changed_or_removed[postgresql-UPDATE events SET data = '{{}}']",
+            f"{_T_LEDGER}events_cannot_be_changed_or_removed[postgresql-DELETE FROM events]",
+        ),
+    ),
+    Guard(
+        "the table of events cannot be emptied (PostgreSQL)",
+        _LEDGER,
+        "UPDATE OR DELETE OR TRUNCATE",
+        "UPDATE OR DELETE",
+        (f"{_T_LEDGER}a_table_of_events_cannot_be_emptied",),
+    ),
+    Guard(
+        "each event's hash covers it and the one before",
+        _LEDGER,
+        "if event.seq != seq or event.prev != prev or sha256(canonical_json(event.body())) != event.hash:",
+        "if event.seq != seq:",
+        (f"{_T_LEDGER}an_event_changed_behind_the_triggers_breaks_the_chain[sqlite-data]",),
+    ),
+    Guard(
+        "the ledger's numbers have no gap",
+        _LEDGER,
+        "if event.seq != seq or event.prev != prev or sha256(canonical_json(event.body())) != event.hash:",
+        "if sha256(canonical_json(event.body())) != event.hash:",
+        (f"{_T_LEDGER}a_removed_event_breaks_the_chain[sqlite]",),
+    ),
+    Guard(
+        "the chain is checked whenever a run's events are read",
+        _LEDGER,
+        "        check_chain(events)\n        return events",
+        "        return events",
+        (f"{_T_LEDGER}an_event_changed_behind_the_triggers_breaks_the_chain[sqlite-data]",),
+    ),
+    Guard(
+        "a writer is alone from its first read on (SQLite)",
+        _LEDGER,
+        '"sqlite": "BEGIN IMMEDIATE"',
+        '"sqlite": "BEGIN"',
+        (f"{_T_LEDGER}writers_at_once_lose_nothing_and_keep_the_chain[sqlite]",),
+    ),
+    Guard(
+        "a writer is alone from its first read on (PostgreSQL)",
+        _LEDGER,
+        '"postgresql": "LOCK TABLE events IN EXCLUSIVE MODE"',
+        '"postgresql": "SELECT 1"',
+        (f"{_T_LEDGER}writers_at_once_lose_nothing_and_keep_the_chain[postgresql]",),
+    ),
+    Guard(
+        "what a later version wrote is refused",
+        _LEDGER,
+        "if number != _FORMAT:",
+        "if False:",
+        ("tests/unit/test_golden.py::test_a_later_versions_record_is_refused_in_one_sentence",),
+    ),
+)
+
+_EXECUTORS = (
+    Guard(
+        "an executor whose lease passed on writes nothing: its epoch is compared in the transaction",
+        _LEDGER,
+        "if self.epoch is not None and self.epoch != state.epoch:",
+        "if False:",
+        (f"{_T_LEDGER}an_executor_whose_lease_passed_on_can_write_nothing[sqlite]",),
+    ),
+    Guard(
+        "the epoch of a new lease is above all before it, whatever the clock says",
+        _LEDGER,
+        "max(highest + 1, int(time.time() * 1000))",
+        "int(time.time() * 1000)",
+        (f"{_T_LEDGER}epochs_rise_though_the_clock_goes_back_and_a_new_ledger_is_above_an_older_one[sqlite]",),
+    ),
+    Guard(
+        "an environment has one live run",
+        _LEDGER,
+        "if holder is not None and holder.run_id != run_id:",
+        "if False:",
+        (f"{_T_LEDGER}only_one_of_many_runs_gets_the_environment[sqlite]",),
+    ),
+    Guard(
+        "a run that was overtaken in its environment takes a new epoch first",
+        _LEDGER,
+        "if state.epoch < self.highest_epoch(environment):",
+        "if False:",
+        (f"{_T_LEDGER}a_run_that_was_overtaken_in_its_environment_takes_a_new_epoch_first[sqlite]",),
+    ),
+    Guard(
+        "a lease is not taken from a holder that lives",
+        _LEASE,
+        "if processes.alive(holder):",
+        "if False:",
+        (f"{_T_OPENING}one_executor_has_a_run",),
+    ),
+    Guard(
+        "a holder on another machine is never taken for dead",
+        _LEASE,
+        "if not processes.is_here(holder):",
+        "if False:",
+        (f"{_T_OPENING}a_process_on_another_machine_is_never_taken_for_dead",),
+    ),
+    Guard(
+        "a takeover that did not reach every target leaves the run shut",
+        _LEASE,
+        "if state.taking_over:",
+        "if False:",
+        (f"{_T_FENCE}a_takeover_that_cannot_reach_a_target_leaves_the_run_shut",),
+    ),
+    Guard(
+        "a takeover ends the process that it takes over from",
+        _LEASE,
+        "if process is not None and not is_me(process):",
+        "if False:",
+        (f"{_T_FENCE}a_process_on_this_machine_is_ended_by_a_takeover",),
+    ),
+    Guard(
+        "a takeover shuts the old executor out of every target",
+        _LEASE,
+        "fenced = fence.raise_everywhere(run)",
+        "fenced = []",
+        (f"{_T_FENCE}a_stalled_deployment_that_wakes_up_after_a_takeover_changes_nothing",),
+    ),
+    Guard(
+        "a takeover ends the old executor's database sessions",
+        _FENCE,
+        '[(f"sessions in {d.production} and {d.staging}", lambda: _end_sessions(run))]',
+        "[]",
+        (f"{_T_FENCE}a_stalled_migration_loses_its_lock_and_the_new_one_is_done_once",),
+    ),
+    Guard(
+        "a host refuses a lower epoch",
+        _FENCE,
+        """[ "$known" -le "$1" ] || {""",
+        """[ "$known" -le "$1" ] || true || {""",
+        (
+            f"{_T_HOST_FENCE}a_lower_epoch_is_refused_by_the_host",
+            f"{_T_FENCE}a_lower_epoch_is_refused_at_hosts_and_databases",
+        ),
+    ),
+    Guard(
+        "every module on a host asks for its epoch first",
+        _FENCE,
+        """[ "\\\\$(cat epoch)" = "$1" ] || {""",
+        """[ "\\\\$(cat epoch)" = "$1" ] || true || {""",
+        (f"{_T_HOST_FENCE}a_module_of_a_stale_executor_that_waited_for_the_lock_does_not_start",),
+    ),
+    Guard(
+        "a newer executor waits until an older one's module has ended",
+        _FENCE,
+        "&& flock -w 300 9 || exit 75",
+        "|| exit 75",
+        (f"{_T_HOST_FENCE}a_newer_executor_waits_for_a_module_that_still_runs",),
+    ),
+    Guard(
+        "a playbook's modules run behind the fence",
+        _FENCE,
+        'return replace(command, argv=(*first, "--extra-vars", json.dumps(words), playbook))',
+        "return command",
+        (f"{_T_FENCE}a_stalled_deployment_that_wakes_up_after_a_takeover_changes_nothing",),
+    ),
+    Guard(
+        "a database refuses a lower epoch",
+        _FENCE,
+        "if known > mine:",
+        "if False:",
+        (f"{_T_FENCE}a_lower_epoch_is_refused_at_hosts_and_databases",),
+    ),
+    Guard(
+        "one executor at a time changes a database",
+        _FENCE,
+        'session.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))',
+        "pass",
+        (f"{_T_FENCE}two_executors_are_never_in_one_database_at_once",),
+    ),
+)
+
+_COMMANDS = (
+    Guard(
+        "a command's exit status counts",
+        _SHELL,
+        "if exit_code not in command.ok_exits:",
+        "if False:",
+        (f"{_T_PROCESSES}a_wrong_exit_status_fails_with_the_last_words",),
+    ),
+    Guard(
+        "a time-out ends a command with all that it started",
+        _SHELL,
+        "end_group(child.pid)",
+        "child.kill()",
+        (f"{_T_PROCESSES}a_time_out_ends_the_whole_group",),
+    ),
+    Guard(
+        "secrets are redacted in logs",
+        _SHELL,
+        "self.secrets.redact_file(log)",
+        "pass",
+        (f"{_T_PROCESSES}secrets_are_redacted_in_the_log",),
+    ),
+    Guard(
+        "a command is waited for though its starter was killed before it wrote its pid",
+        _PROCESSES,
+        "        _wait_lock(deadline, record)\n",
+        "        pass\n",
+        (f"{_T_PROCESSES}a_command_whose_starter_was_killed_before_it_wrote_its_pid_is_waited_for",),
+    ),
+    Guard(
+        "a pid that was given to another process is not taken for the old one",
+        _PROCESSES,
+        'return here and start_time(int(process["pid"])) == int(process["start"])',
+        'return here and start_time(int(process["pid"])) is not None',
+        (f"{_T_PROCESSES}a_reused_pid_is_not_taken_for_the_old_process",),
+    ),
+)
+
+_AT_THE_DOOR, _PAST_THE_DOOR = (
+    f"{_T_GATE}what_is_refused_at_the_door_is_not_recorded",
+    f"{_T_GATE}a_decision_that_came_past_the_door_opens_nothing",
+)
+_GATES = (
+    Guard(
+        "a decision is signed by its person: asked at the door",
+        _GATE,
+        "    decisions.check_signature(run, data, signature, person=person)\n    kept =",
+        "    kept =",
+        (f"{_AT_THE_DOOR}[another's key]",),
+    ),
+    Guard(
+        "a decision is signed by its person: asked again before each step behind the gate",
+        _GATE,
+        "    decisions.check_signature(run, data, signature, person=person)\n    for subject",
+        "    for subject",
+        (f"{_PAST_THE_DOOR}[another's key]",),
+    ),
+    Guard(
+        "who opened the run does not approve it: asked at the door",
+        _GATE,
+        'if decision == "approve" and person == state.opened["opened_by"]:',
+        "if False:",
+        (f"{_AT_THE_DOOR}[who opened it]",),
+    ),
+    Guard(
+        "who opened the run does not approve it: asked again before each step behind the gate",
+        _GATE,
+        ' or person == state.opened["opened_by"]:',
+        ":",
+        (f"{_PAST_THE_DOOR}[who opened it]",),
+    ),
+    Guard(
+        "who decides has the role: asked at the door",
+        _GATE,
+        "    if role is None:\n",
+        "    if False:\n",
+        (f"{_AT_THE_DOOR}[without the role]",),
+    ),
+    Guard(
+        "who decides has the role: asked again before each step behind the gate",
+        _GATE,
+        "if not set(run.params.people[person].roles) & set(gate.roles) or person",
+        "if person",
+        (f"{_PAST_THE_DOOR}[without the role]",),
+    ),
+    Guard(
+        "a decision is over this run, round, nonce and ledger head: asked at the door",
+        _GATE,
+        "if data != expected:",
+        "if False:",
+        tuple(f"{_AT_THE_DOOR}[another {what}]" for what in ("run", "round", "nonce", "ledger")),
+    ),
+    Guard(
+        "a decision is over this run, round, nonce and ledger head: asked again before each step behind the gate",
+        _GATE,
+        "if said[key] != value:",
+        "if False:",
+        tuple(f"{_PAST_THE_DOOR}[another {what}]" for what in ("run", "round", "nonce", "ledger")),
+    ),
+    Guard(
+        "evidence is hashed again before each step behind the gate",
+        _GATE,
+        'if not path.is_file() or sha256_file(path) != subject["digest"]["sha256"]:',
+        "if False:",
+        (f"{_T_GATE}evidence_that_changed_after_the_approval_stops_the_step_behind",),
+    ),
+    Guard(
+        "a decision's file is what was recorded",
+        _DECISIONS,
+        'if sha256(data) != recorded["sha256"] or sha256(signature) != recorded["signature_sha256"]:',
+        "if False:",
+        (f"{_T_GATE}a_decision_that_is_not_what_was_recorded_stops_the_step_behind[both]",),
+    ),
+    Guard(
+        "a file that is not what its step proved makes the evidence red",
+        _GATE,
+        "if found != artifact.sha256:",
+        "if False:",
+        (f"{_T_GATE}nobody_approves_red_evidence",),
+    ),
+    Guard(
+        "nobody approves what is red",
+        _GATE,
+        'if decision == "approve" and red:',
+        "if False:",
+        (f"{_T_GATE}nobody_approves_red_evidence",),
+    ),
+    Guard(
+        "nobody approves what has timed out",
+        _GATE,
+        "if now.timed_out or time.time() > now.opened_epoch_s + gate.timeout_s:\n        raise UsageError",
+        "if False:\n        raise UsageError",
+        (f"{_T_GATE}nobody_approves_what_has_timed_out",),
+    ),
+    Guard(
+        "evidence that changed opens a new round",
+        _GATE,
+        "if now.round and not now.timed_out and now.evidence_sha256 == sha256(content):",
+        "if now.round and not now.timed_out:",
+        (f"{_T_GATE}evidence_that_changed_is_asked_about_again",),
+    ),
+    Guard(
+        "a quorum is waited for",
+        _GATE,
+        "if len(valid) < gate.quorum:",
+        "if not valid:",
+        (f"{_T_GATE}a_quorum_is_of_different_people",),
+    ),
+    Guard(
+        "a quorum is of different people",
+        _GATE,
+        'valid[recorded["person"]] = recorded',
+        "valid[str(len(valid))] = recorded",
+        (f"{_T_GATE}a_quorum_is_of_different_people",),
+    ),
+    Guard(
+        "one rejection closes the gate",
+        _GATE,
+        """    if any(d["decision"] == "reject" for d in now.decisions):
+        raise _rejected(run, name, now)
+    valid""",
+        "    valid",
+        (f"{_T_GATE}one_rejection_closes_the_gate",),
+    ),
+    Guard(
+        "ssh-keygen's no is a no",
+        _SIGNATURES,
+        "    if done.returncode:\n",
+        "    if False:\n",
+        (f"{_T_SIGNATURES}anything_else_is_refused",),
+    ),
+    Guard(
+        "no byte of a .sig can be changed unseen",
+        _SIGNATURES,
+        "return armored(blob) == signature and _well_formed(blob)",
+        "return True",
+        (f"{_T_SIGNATURES}what_ssh_keygen_passes_over_is_not_canonical",),
+    ),
+    Guard(
+        "a key that was taken from a person opens nothing any more",
+        _GATE,
+        """f'{words[0]} {words[1]},valid-before="{now}" {" ".join(words[2:])}'""",
+        "line",
+        ("tests/unit/test_trust.py::test_an_ended_key_opens_nothing_any_more_and_what_it_signed_still_verifies",),
+    ),
+)
+
+_BACKUPS = (
+    Guard(
+        "a restore into a scratch database is compared with the source's inventory",
+        _RESTORE,
+        "found = inventory.differences(source, restored)",
+        "found: list[str] = []",
+        (f"{_T_BACKUP}a_damaged_dump_does_not_pass[row]",),
+    ),
+    Guard(
+        "a dump is read to its last byte",
+        _RESTORE,
+        'postgres.read_through(dump_file, timeout_s=timeout_s), name="pg_restore-read"',
+        'postgres.list_contents(dump_file), name="pg_restore-list-again"',
+        (f"{_T_BACKUP}a_damaged_dump_does_not_pass[cut]",),
+    ),
+    Guard(
+        "a scratch database of somebody else is left alone",
+        _RESTORE,
+        "if found[0] not in (None, self.mark):",
+        "if False:",
+        (f"{_T_BACKUP}a_scratch_database_of_somebody_else_is_left_alone",),
+    ),
+    Guard(
+        "an archive of files gets its name only when it was compared with its source",
+        _BACKUP,
+        "if not compared.proved:",
+        "if False:",
+        (f"{_T_BACKUP}an_archive_that_is_not_its_source_gets_no_name",),
+    ),
+    Guard(
+        "a dump that failed leaves nothing under its scratch name",
+        _BACKUP,
+        """\
+        return _adopt_dump(run, part, final, source, taken_at)
+    except BaseException:
+        part.unlink(missing_ok=True)
+""",
+        """\
+        return _adopt_dump(run, part, final, source, taken_at)
+    except BaseException:
+""",
+        (f"{_T_BACKUP}a_failing_pg_dump_leaves_nothing",),
+    ),
+    Guard(
+        "a backup takes the place of no other file",
+        _FILES,
+        "final.hardlink_to(part)",
+        "part.replace(final)",
+        (f"{_T_DURABLE}a_backup_never_takes_the_place_of_another_file",),
+    ),
+    Guard(
+        "a backup under its name is hashed again before it is taken for done",
+        _FILES,
+        'if result is None or sha256_file(final) != result.facts["sha256"]:',
+        "if result is None:",
+        (f"{_T_DURABLE}a_backup_that_is_not_what_was_proved_is_not_taken_for_it",),
+    ),
+    Guard(
+        "source, local and off-site hashes are compared",
+        _BACKUP,
+        "        if not equal:\n",
+        "        if False:\n",
+        (f"{_T_BACKUP}a_local_file_that_differs_closes_the_gate",),
+    ),
+    Guard(
+        "an old dump does not stand",
+        _BACKUP,
+        "if unequal or age_s > run.params.backup.max_age_s:",
+        "if unequal:",
+        (f"{_T_BACKUP}an_old_dump_does_not_stand",),
+    ),
+    Guard(
+        "a file that changed on disk is not copied off site",
+        _OBJECTS,
+        "        if found != sha256:\n",
+        "        if False:\n",
+        (f"{_T_OBJECTS}a_file_that_changed_on_disk_is_not_stored",),
+    ),
+    Guard(
+        "the store itself refuses a key that is taken",
+        _OBJECTS,
+        '                Metadata={"sha256": sha256},\n                IfNoneMatch="*",\n',
+        '                Metadata={"sha256": sha256},\n',
+        (f"{_T_OBJECTS}of_two_that_put_at_once_the_store_takes_one[True]",),
+    ),
+    Guard(
+        "the store itself refuses a key that is taken, for a copy in parts",
+        _OBJECTS,
+        'MultipartUpload={"Parts": parts}, IfNoneMatch="*"',
+        'MultipartUpload={"Parts": parts}',
+        (f"{_T_OBJECTS}of_two_that_put_at_once_the_store_takes_one[False]",),
+    ),
+    Guard(
+        "an off-site copy is read back and compared",
+        _BACKUP,
+        "        if found != digest:\n",
+        "        if False:\n",
+        (f"{_T_BACKUP}a_copy_that_comes_back_as_something_else_is_no_copy",),
+    ),
+    Guard(
+        "a run's folder comes from the store byte for byte, or not at all",
+        _MIRROR,
+        "if sha256_file(target) != digest:",
+        "if False:",
+        (f"{_T_MIRROR}a_file_that_comes_back_as_something_else_is_not_taken",),
+    ),
+    Guard(
+        "nothing that comes from the store lands outside of the run's folder",
+        _MIRROR,
+        "if not target.resolve().is_relative_to(folder.resolve()):",
+        "if False:",
+        (f"{_T_MIRROR}no_file_lands_outside_of_the_runs_folder",),
+    ),
+)
+
+_CHANGED = f"{_T_ARCHIVE}a_change_that_stands_in_sha256sums_too_is_seen"
+_RECORDS = (
+    Guard(
+        "a record is not sealed with a key that nobody trusts",
+        _SEAL,
+        "    signatures.verify(\n        statement,\n        signature,\n",
+        "    dict(\n        statement=statement,\n        signature=signature,\n",
+        (f"{_T_ARCHIVE}a_recorder_that_nobody_trusts_does_not_seal",),
+    ),
+    Guard(
+        "a sealed record is never written to again",
+        _SEAL,
+        "    if not (folder / SIGNATURE).exists():\n        if not state.ended",
+        "    if True:\n        if not state.ended",
+        (f"{_T_ARCHIVE}a_changed_record_is_neither_overwritten_nor_accepted_by_a_second_seal",),
+    ),
+    Guard(
+        "verify: the recorder signed the statement",
+        _VERIFY,
+        "    signatures.verify(\n        data, signature, principal",
+        "    dict(\n        data=data, signature=signature, principal",
+        (f"{_T_ARCHIVE}a_statement_that_a_stranger_signed_does_not_hold",),
+    ),
+    Guard(
+        "verify: every file has the SHA-256 that was signed",
+        _VERIFY,
+        "elif actual[path] != signed[path]:",
+        "elif False:",
+        (f"{_CHANGED}[changed]",),
+    ),
+    Guard(
+        "verify: no file was added",
+        _VERIFY,
+        "elif path not in signed:",
+        "elif path not in signed and False:",
+        (f"{_CHANGED}[added]",),
+    ),
+    Guard(
+        "verify: no file is missing",
+        _VERIFY,
+        '                found.wrong(name, prefix + path, "is missing")\n',
+        "                pass\n",
+        (f"{_CHANGED}[removed]",),
+    ),
+    Guard(
+        "verify: SHA256SUMS lists the files that are there",
+        _VERIFY,
+        "if tree.read(SUMS) != sums(",
+        "if False and tree.read(SUMS) != sums(",
+        (f"{_T_ARCHIVE}even_the_recorder_cannot_leave_a_file_out_of_sha256sums",),
+    ),
+    Guard(
+        "verify: each decision was signed by its person",
+        _VERIFY_DECISIONS,
+        "        signatures.verify(\n            data,\n            signature,\n",
+        "        dict(\n            data=data,\n            signature=signature,\n",
+        (f"{_T_ARCHIVE}one_person_cannot_sign_as_another",),
+    ),
+    Guard(
+        "verify: each decision is of its round, nonce and ledger head",
+        _VERIFY_DECISIONS,
+        "if said[key] != known:",
+        "if False:",
+        (f"{_T_ARCHIVE}a_decision_for_something_else_or_by_somebody_else_does_not_stand",),
+    ),
+    Guard(
+        "verify: who decided held the role",
+        _VERIFY_DECISIONS,
+        'if role not in asked["roles"] or role not in self.params["people"][person]["roles"]:',
+        "if False:",
+        (f"{_T_ARCHIVE}a_decision_for_something_else_or_by_somebody_else_does_not_stand",),
+    ),
+    Guard(
+        "verify: who opened the run did not approve it",
+        _VERIFY_DECISIONS,
+        'if said["decision"] == "approve" and person == self.state.opened["opened_by"]:',
+        "if False:",
+        (f"{_T_ARCHIVE}who_opened_the_run_cannot_approve_it_whatever_their_role",),
+    ),
+    Guard(
+        "verify: the evidence is what was signed",
+        _VERIFY_DECISIONS,
+        "if not old and self.tree.digests.get(name) != known:",
+        "if False:",
+        (f"{_T_ARCHIVE}even_the_recorder_cannot_change_the_evidence_after_the_decision",),
+    ),
+    Guard(
+        "verify: no step behind a gate began before it was green",
+        _VERIFY_DECISIONS,
+        "if phase in phases and (seq is None or seq > event.seq):",
+        "if False:",
+        (f"{_T_ARCHIVE}a_step_behind_a_gate_that_nobody_approved_is_seen",),
+    ),
+)
+
+GUARDS: tuple[Guard, ...] = (
+    *_STEPS,
+    *_DURABLE,
+    *_EVENTS,
+    *_EXECUTORS,
+    *_COMMANDS,
+    *_GATES,
+    *_BACKUPS,
+    *_RECORDS,
+)

@@ -1,0 +1,260 @@
+"""A step is written down before it acts, acts once, in its place, and never under somebody else's nose."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psycopg
+import pytest
+
+from runbook_lib import fence, lease
+from runbook_lib.adapters import processes
+from runbook_lib.errors import LedgerUnavailableError, PausedError, StepFailedError, StepInDoubtError
+from runbook_lib.ledger import Ledger
+from runbook_lib.model import Recovery, Status, StepResult
+from runbook_lib.run import Run
+from runbook_lib.step import Step, step
+from tests.ledgers import LedgerServer
+from tests.project import wait_until
+
+KEY = "prepare.act"
+
+
+class Acts:
+    """Counts how often a step acted, and does one more thing when it does."""
+
+    def __init__(self, more: Callable[[Run], object] = lambda run: None) -> None:
+        self.times = 0
+        self.more = more
+
+    def step(self, phase: str = "prepare", recovery: Recovery = Recovery.REPEAT) -> Step:
+        def act(run: Run) -> StepResult:
+            self.times += 1
+            self.more(run)
+            return StepResult(facts={"times": self.times})
+
+        made = step("Act", recovery=recovery)(act)
+        made.phase = phase
+        return made
+
+
+def another(run: Run) -> Ledger:
+    """The ledger as another process has it."""
+    return Ledger(run.ledger.url)
+
+
+def begun(run: Run, executor: Mapping[str, Any], attempt: int = 1) -> None:
+    """An intent as the executor of that name would have left it."""
+    intent = {"step": KEY, "phase": "prepare", "attempt": attempt, "executor": dict(executor), "children": "logs/x"}
+    another(run).append(run.run_id, "step_intent", {**intent, "pre_state": {}})
+
+
+def gone() -> dict[str, Any]:
+    """A process of this machine that runs no more."""
+    return {**processes.me(), "start": 1}
+
+
+def test_the_intent_is_committed_before_the_effect(run: Run) -> None:
+    seen: list[Status] = []
+
+    Acts(lambda run: seen.append(another(run).state(run.run_id).step(KEY).status)).step()(run)
+
+    assert seen == [Status.RUNNING]
+
+
+def test_a_green_step_answers_from_the_ledger_and_does_nothing(run: Run) -> None:
+    acts = Acts()
+    first = acts.step()(run)
+    before = run.state.seq
+
+    again = acts.step()(run)
+
+    assert (again.facts, acts.times, run.state.seq) == (first.facts, 1, before)
+
+
+def test_no_step_starts_before_the_one_in_front_of_it_is_green(run: Run) -> None:
+    front, acts = Acts().step(), Acts()
+    front.name = "front"
+    behind = acts.step()
+    behind.before = (front,)
+
+    with pytest.raises(PausedError, match=r"does not start: prepare\.front"):
+        behind(run)
+    assert (acts.times, run.state.step(KEY).status) == (0, Status.PENDING)
+
+    front(run)
+    assert behind(run).status == "green"
+
+
+def test_what_changed_while_a_step_got_ready_is_seen_before_its_intent(run: Run) -> None:
+    acts = Acts()
+    made = acts.step()
+
+    @made.pre_state
+    def _(run: Run) -> Mapping[str, Any]:
+        another(run).append(run.run_id, "run_ended", {"state": "aborted"})
+        return {}
+
+    with pytest.raises(PausedError, match="has ended"):
+        made(run)
+
+    assert (acts.times, run.state.step(KEY).status) == (0, Status.PENDING)
+
+
+def test_of_two_that_begin_a_step_at_once_one_does_it(run: Run) -> None:
+    acts = Acts()
+    made = acts.step()
+
+    @made.pre_state
+    def _(run: Run) -> Mapping[str, Any]:
+        begun(run, processes.me())
+        return {}
+
+    with pytest.raises(PausedError, match="was just taken by another executor"):
+        made(run)
+
+    assert acts.times == 0
+    assert [e.kind for e in run.ledger.events(run.run_id)].count("step_intent") == 1
+
+
+def test_a_run_that_does_not_hold_its_environment_changes_nothing_there(run: Run) -> None:
+    acts = Acts()
+    with pytest.raises(PausedError, match="does not hold staging"):
+        acts.step(phase="begin")(run)
+    assert acts.times == 0
+
+    run.ledger.take_lock(run.run_id, "staging")
+    assert acts.step(phase="begin")(run).status == "green"
+
+
+@pytest.mark.parametrize("begins_again", [False, True])
+def test_an_outcome_is_only_written_while_its_own_attempt_runs(run: Run, begins_again: bool) -> None:
+    def settle_it_meanwhile(run: Run) -> None:
+        another(run).append(run.run_id, "step_reset", {"step": KEY, "attempt": 1, "why": "not applied"})
+        if begins_again:
+            begun(run, processes.me(), attempt=2)
+
+    with pytest.raises(PausedError, match="was settled by another executor"):
+        Acts(settle_it_meanwhile).step()(run)
+
+    assert run.state.step(KEY).status is (Status.RUNNING if begins_again else Status.PENDING)
+
+
+def test_a_blocked_step_waits_for_a_person(run: Run) -> None:
+    acts = Acts()
+    begun(run, gone())
+    another(run).append(run.run_id, "step_blocked", {"step": KEY, "attempt": 1, "why": "cannot tell"})
+
+    with pytest.raises(StepInDoubtError, match="cannot tell"):
+        acts.step()(run)
+
+    assert acts.times == 0
+
+
+def test_a_ledger_that_is_away_in_the_middle_leaves_the_step_in_doubt(run: Run) -> None:
+    def away(run: Run) -> None:
+        raise LedgerUnavailableError("its server is away", remedy="mend that")
+
+    with pytest.raises(LedgerUnavailableError):
+        Acts(away).step()(run)
+
+    # What was done meanwhile nobody knows: failed would be a guess.
+    assert run.state.step(KEY).status is Status.RUNNING
+
+
+def test_a_secret_in_an_error_does_not_come_into_the_ledger(run: Run) -> None:
+    run.secrets.remember("hunter2-secret")
+
+    def leak(run: Run) -> None:
+        raise StepFailedError("login with hunter2-secret failed", remedy="look")
+
+    with pytest.raises(StepFailedError):
+        Acts(leak).step()(run)
+
+    assert "login with [redacted] failed" in run.state.step(KEY).error
+    assert "hunter2" not in str(run.ledger.events(run.run_id))
+
+
+# --- in doubt ----------------------------------------------------------------------------------------------------
+
+
+def test_what_only_a_person_can_tell_is_not_done_again(run_with_database: Run) -> None:
+    run, acts = run_with_database, Acts()
+    begun(run, gone())
+
+    with pytest.raises(StepInDoubtError, match="only a person can tell"):
+        acts.step(recovery=Recovery.ASK)(run)
+
+    assert (acts.times, run.state.step(KEY).status) == (0, Status.BLOCKED)
+
+
+def test_a_step_whose_process_still_runs_is_left_to_it(run_with_database: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "_ORPHAN_S", 0.2)
+    run, acts = run_with_database, Acts()
+    with subprocess.Popen(("sleep", "60")) as other:
+        begun(run, {**processes.me(), "pid": other.pid, "start": processes.start_time(other.pid)})
+        try:
+            with pytest.raises(PausedError, match=f"is being run by process {other.pid}"):
+                acts.step()(run)
+            assert acts.times == 0
+        finally:
+            other.kill()
+    assert acts.step()(run).status == "green"
+
+
+def test_a_command_that_outlived_its_executor_has_ended_before_the_probe_looks(run_with_database: Run) -> None:
+    run, acts = run_with_database, Acts()
+    begun(run, gone())
+    folder = run.folder / "logs" / "x"
+    folder.mkdir(parents=True)
+    seen: list[bool] = []
+    made = acts.step(recovery=Recovery.PROBE)
+    with subprocess.Popen(("sh", "-c", f"sleep 1; touch {folder}/effect")) as left:
+        (folder / "left.pid").write_text(f"{left.pid} {processes.start_time(left.pid)} {processes.boot_id()}\n")
+
+        @made.probe
+        def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
+            seen.append((folder / "effect").exists())
+            return StepResult()
+
+        made(run)
+
+    assert (seen, acts.times) == ([True], 0)
+
+
+def test_a_session_that_outlived_its_executor_has_ended_before_the_probe_looks(
+    run_with_database: Run, ledger_server: LedgerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fence, "_GRACE_S", 0.1)
+    run, acts = run_with_database, Acts()
+    begun(run, gone())
+    made = acts.step(recovery=Recovery.PROBE)
+    with ledger_server.session() as session, ThreadPoolExecutor(1) as pool:
+        session.execute("SELECT set_config('application_name', %s, false)", (f"{run.session_name}: left",))
+        left = pool.submit(session.execute, "SELECT pg_sleep(20)")
+        at_work: list[int] = []
+
+        def sessions() -> int:
+            with ledger_server.session() as looking:
+                rows = looking.execute(
+                    "SELECT 1 FROM pg_stat_activity WHERE starts_with(application_name, %s) AND state = 'active'",
+                    (run.session_name,),
+                ).fetchall()
+            return len(rows)
+
+        @made.probe
+        def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
+            at_work.append(sessions())
+            return StepResult()
+
+        wait_until(lambda: sessions() == 1, "the session at work", 20)
+        try:
+            made(run)
+        finally:
+            session.cancel_safe()
+        assert isinstance(left.exception(), psycopg.Error)
+
+    assert (at_work, acts.times) == ([0], 0)
