@@ -117,10 +117,8 @@ def finished(final: Path) -> StepResult | None:
     """
     if not final.exists():
         return None
-    digest = sha256_file(final)
-    proof = _proof(final, digest)
-    result = StepResult.from_json(json.loads(proof.read_bytes())) if proof.exists() else None
-    if result is None or digest != result.facts["sha256"]:
+    proof = _proof(final, sha256_file(final))
+    if not proof.exists():
         raise StepInDoubtError(f"{final} is there and is not what this run verified", remedy="compare it by hand")
     part_of(final).unlink(missing_ok=True)
-    return result
+    return StepResult.from_json(json.loads(proof.read_bytes()))

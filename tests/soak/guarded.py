@@ -35,6 +35,7 @@ _SIGNATURES, _CANONICAL, _BACKUP = (
     "runbook_lib/canonical.py",
     "runbook_lib/phases/backup.py",
 )
+_CLOCK = "runbook_lib/clock.py"
 _RESTORE, _FILES, _MIRROR = "runbook_lib/restore.py", "runbook_lib/backup_files.py", "runbook_lib/mirror.py"
 _OBJECTS, _SHELL, _PROCESSES = (f"runbook_lib/adapters/{name}.py" for name in ("objects", "shell", "processes"))
 _SEAL, _VERIFY, _VERIFY_DECISIONS = (
@@ -566,9 +567,19 @@ _GATES = (
     Guard(
         "nobody approves what has timed out",
         _GATE,
-        "if now.timed_out or time.time() > now.opened_epoch_s + gate.timeout_s:\n        raise UsageError",
+        "if now.timed_out or Moment.now().since(now.opened_moment) > gate.timeout_s:\n        raise UsageError",
         "if False:\n        raise UsageError",
         (f"{_T_GATE}nobody_approves_what_has_timed_out",),
+    ),
+    Guard(
+        "a clock that is set times nobody out",
+        _CLOCK,
+        "if self.boot and self.boot == other.boot:",
+        "if False:",
+        (
+            "tests/unit/test_clock.py::test_a_clock_that_is_set_shortens_and_lengthens_nothing[86400.0]",
+            f"{_T_OPENING}a_clock_that_is_set_while_a_gate_is_open_times_nobody_out[86400.0]",
+        ),
     ),
     Guard(
         "evidence that changed opens a new round",
@@ -676,8 +687,8 @@ _BACKUPS = (
     Guard(
         "a backup under its name is hashed again before it is taken for done",
         _FILES,
-        'if result is None or sha256_file(final) != result.facts["sha256"]:',
-        "if result is None:",
+        "proof = _proof(final, sha256_file(final))",
+        'proof = next(iter(final.parent.glob(f"{final.name}.*.json")), final)',
         (f"{_T_DURABLE}a_backup_that_is_not_what_was_proved_is_not_taken_for_it",),
     ),
     Guard(
