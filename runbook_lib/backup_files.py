@@ -71,7 +71,8 @@ def part_of(final: Path) -> Path:
 def _proof(final: Path, digest: str) -> Path:
     """The note of what was verified, beside the backup: whoever sees the one sees the other.
 
-    It is named by the content that it is of: two executors may verify two archives, and one of them gets the name.
+    It is named by the content that it is of: two executors may verify two archives, and one of them gets the name. It
+    holds the step's artifacts too: the run's folder of the machine that wrote them may be lost.
     """
     return final.with_name(f"{final.name}.{digest[:16]}.json")
 
@@ -82,7 +83,7 @@ def fresh_part(final: Path) -> Path:
     What a killed attempt of this run left under the scratch name is removed: nothing of it still runs.
     """
     part = part_of(final)
-    for note in final.parent.glob(f"{final.name}.*.json"):
+    for note in (*final.parent.glob(f"{final.name}.*.json"), *final.parent.glob(f".{final.name}.*")):
         note.unlink(missing_ok=True)
     part.unlink(missing_ok=True)
     os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -95,9 +96,11 @@ def sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def finish(part: Path, final: Path, result: StepResult) -> None:
+def finish(run: Run, part: Path, final: Path, result: StepResult) -> None:
     """Give the backup its name: the last effect, so that the name alone says that it is whole and verified."""
-    write_atomically(_proof(final, str(result.facts["sha256"])), canonical_json(result.as_json()), mode=0o600)
+    texts = {artifact.path: (run.folder / artifact.path).read_text() for artifact in result.artifacts}
+    note = canonical_json({"result": result.as_json(), "artifacts": texts})
+    write_atomically(_proof(final, str(result.facts["sha256"])), note, mode=0o600)
     try:
         final.hardlink_to(part)  # unlike a rename it never replaces
     except OSError as error:
@@ -109,7 +112,7 @@ def finish(part: Path, final: Path, result: StepResult) -> None:
     sync_folder(final.parent)
 
 
-def finished(final: Path) -> StepResult | None:
+def finished(run: Run, final: Path) -> StepResult | None:
     """The result of a backup that a killed process finished; None when its name is not there.
 
     Raises:
@@ -121,4 +124,7 @@ def finished(final: Path) -> StepResult | None:
     if not proof.exists():
         raise StepInDoubtError(f"{final} is there and is not what this run verified", remedy="compare it by hand")
     part_of(final).unlink(missing_ok=True)
-    return StepResult.from_json(json.loads(proof.read_bytes()))
+    note = json.loads(proof.read_bytes())
+    for path, content in note["artifacts"].items():
+        write_atomically(run.folder / path, content)
+    return StepResult.from_json(note["result"])

@@ -75,7 +75,7 @@ def _(run: Run) -> list[tuple[str, ...]]:
 def archive_files(run: Run, host: str) -> StepResult:
     """Stream the host's files here as one archive and compare each with its source."""
     final = on_disk.archive_path(run, host)
-    finished = on_disk.finished(final)
+    finished = on_disk.finished(run, final)
     if finished is not None:
         return finished
     part = on_disk.fresh_part(final)
@@ -107,7 +107,7 @@ def archive_files(run: Run, host: str) -> StepResult:
             "changed while archived": list(compared.moving[:_MOST_SHOWN]),
         }
         result = StepResult(facts=facts, artifacts=(kept,))
-        on_disk.finish(part, final, result)
+        on_disk.finish(run, part, final, result)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -116,7 +116,7 @@ def archive_files(run: Run, host: str) -> StepResult:
 
 @archive_files.probe
 def _(run: Run, host: str, intent: Mapping[str, Any]) -> StepResult | None:
-    return on_disk.finished(on_disk.archive_path(run, host))
+    return on_disk.finished(run, on_disk.archive_path(run, host))
 
 
 @archive_files.plan
@@ -142,7 +142,7 @@ def dump_database(run: Run) -> StepResult:
     """pg_dump from an exported snapshot, with an inventory of exactly what that snapshot held."""
     database, params = run.services.database, run.params.database
     final = on_disk.dump_path(run)
-    finished = on_disk.finished(final)
+    finished = on_disk.finished(run, final)
     if finished is not None:
         return finished
     part = on_disk.fresh_part(final)
@@ -168,7 +168,7 @@ def dump_database(run: Run) -> StepResult:
 @dump_database.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
     final = on_disk.dump_path(run)
-    found = on_disk.finished(final)
+    found = on_disk.finished(run, final)
     if found is not None:
         return found
     # The executor is gone, pg_dump went on without it: its exit status says whether the dump is whole.
@@ -242,7 +242,7 @@ def _adopt_dump(run: Run, part: Path, final: Path, source: Mapping[str, Any], ta
         },
         artifacts=(kept,),
     )
-    on_disk.finish(part, final, result)
+    on_disk.finish(run, part, final, result)
     return result
 
 

@@ -88,7 +88,7 @@ def test_a_backup_gets_its_name_when_its_proof_is_on_disk_and_its_folder_follows
     part, final, proof = backup_of(run)
     disk.calls.clear()
 
-    backup_files.finish(part, final, proof)
+    backup_files.finish(run, part, final, proof)
 
     names = [call[0] for call in disk.calls]
     assert names == ["sync", "rename", "sync", "link", "sync"]
@@ -101,18 +101,18 @@ def test_a_backup_never_takes_the_place_of_another_file(run: Run) -> None:
     final.write_text("precious")
 
     with pytest.raises(FileExistsError):
-        backup_files.finish(part, final, proof)
+        backup_files.finish(run, part, final, proof)
 
     assert final.read_text() == "precious"
 
 
 def test_a_backup_that_is_not_what_was_proved_is_not_taken_for_it(run: Run) -> None:
     part, final, proof = backup_of(run)
-    backup_files.finish(part, final, proof)
-    known = backup_files.finished(final)
+    backup_files.finish(run, part, final, proof)
+    known = backup_files.finished(run, final)
     assert known is not None
     assert known.facts == proof.facts
     final.write_bytes(b"dumb")
 
     with pytest.raises(StepInDoubtError, match="is not what this run verified"):
-        backup_files.finished(final)
+        backup_files.finished(run, final)
