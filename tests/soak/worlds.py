@@ -58,9 +58,7 @@ class World:
         """Everything that a release changes, as it is now; equal views are equal worlds."""
         return {
             # Beside each lies a note of what was verified: a backup is what is left without it.
-            "backups": sorted(
-                p.name for p in (self.twin / "backups").rglob("*") if p.is_file() and p.suffix != ".json"
-            ),
+            "backups": [name for name in self._listed(self.twin / "backups") if not name.endswith(".json")],
             "s3": {key: len(versions) for key, versions in self._versions().items()},
             "schema": {name: self._schema(name) for name in (PRODUCTION, STAGING)},
             "scratch databases": self._query(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -116,3 +116,16 @@ def test_a_backup_that_is_not_what_was_proved_is_not_taken_for_it(run: Run) -> N
 
     with pytest.raises(StepInDoubtError, match="is not what this run verified"):
         backup_files.finished(run, final)
+
+
+def test_another_machine_finds_a_backups_artifacts_beside_it(run: Run, tmp_path: Path) -> None:
+    part, final, _ = backup_of(run)
+    kept = run.keep("backup/inventory.json", '{"tables": {}}')
+    proof = StepResult(facts={"sha256": backup_files.sha256_file(part)}, artifacts=(kept,))
+    backup_files.finish(run, part, final, proof)
+    elsewhere = replace(run, folder=tmp_path / "elsewhere", scratch=tmp_path / "scratch-elsewhere")
+
+    found = backup_files.finished(elsewhere, final)
+
+    assert found is not None
+    assert [elsewhere.describe(elsewhere.folder / a.path) for a in found.artifacts] == [kept]
