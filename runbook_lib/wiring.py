@@ -55,9 +55,7 @@ def ledger_of(params: Params | None = None) -> Ledger:
     """The ledger that the params name, by default outputs/ledger.sqlite."""
     if params is not None and params.ledger:
         return Ledger(params.ledger)
-    folder = root() / "outputs"
-    folder.mkdir(exist_ok=True)
-    return Ledger(f"sqlite:///{folder / 'ledger.sqlite'}")
+    return Ledger(f"sqlite:///{root() / 'outputs' / 'ledger.sqlite'}")
 
 
 def load_params(environment: str, settings: Mapping[str, str] | None = None) -> Params:
