@@ -378,11 +378,7 @@ def run_command(
     phases = [name_of(module) for module in FORWARD]
     if until and until not in phases:
         raise UsageError(f"--until {until}: there is no such phase", remedy=f"use one of {', '.join(phases)}")
-    draft = wiring.preview(environment, version, settings=_settings(settings))
-    if person and person not in draft.params.people:
-        raise UsageError(
-            f"--as {person}: nobody of that name", remedy=f"use one of {', '.join(sorted(draft.params.people))}"
-        )
+    draft = wiring.preview(environment, version, settings=_settings(settings), opened_by=person)
     planned = plan_of(draft)
     if plan_digest and plan_digest != planned["digest"]:
         raise UsageError(
