@@ -6,6 +6,7 @@ One class for SQLite (default) and PostgreSQL: only how writers are serialized d
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -91,10 +92,17 @@ class Ledger:
             sa.event.listen(self._engine, "connect", _durable_sqlite)
         else:
             self._engine = sa.create_engine(address, connect_args=_POSTGRESQL, pool_pre_ping=True)
+        self._made = False
+        self._there()
+
+    def _there(self) -> bool:
+        """True when there is something to read: a ledger is made by its first event, and not by who looks for one."""
+        file = self._engine.url.database or ""
+        if self._made or (self._engine.name == "sqlite" and not os.path.exists(file)):  # noqa: PTH110  # never raises
+            return self._made
         with self._guarded(), self._engine.connect() as connection:
-            if not sa.inspect(connection).has_table(_events.name):
-                connection.rollback()
-                self._create(connection)
+            self._made = sa.inspect(connection).has_table(_events.name)
+        return self._made
 
     @staticmethod
     def _create(connection: sa.Connection) -> None:
@@ -145,6 +153,9 @@ class Ledger:
             LedgerUnavailableError: the database could not be written. Nothing was recorded, unless it was cut off while it
                 answered: reading again tells.
         """
+        if not self._there():
+            with self._guarded(), self._engine.connect() as connection:
+                self._create(connection)
         with self._guarded(), self._engine.begin() as connection:
             connection.exec_driver_sql(_ALONE[connection.dialect.name])
             events = self._read(connection, run_id)
@@ -237,6 +248,8 @@ class Ledger:
         leases = sa.select(_events.c.data).where(
             _events.c.environment == environment, _events.c.kind.in_(("lease_taken", "takeover_begun"))
         )
+        if not self._there():
+            return 0
         with self._guarded(), self._engine.connect() as connection:
             return max((int(json.loads(row.data)["epoch"]) for row in connection.execute(leases)), default=0)
 
@@ -264,6 +277,8 @@ class Ledger:
         Raises:
             VerificationError: a row is no event.
         """
+        if not self._there():
+            return []
         with self._guarded(), self._engine.connect() as connection:
             return self._read(connection, run_id)
 
@@ -272,6 +287,8 @@ class Ledger:
         query = sa.select(_events.c.run_id).where(_events.c.seq == 1).order_by(_events.c.id.desc())
         if environment is not None:
             query = query.where(_events.c.environment == environment)
+        if not self._there():
+            return []
         with self._guarded(), self._engine.connect() as connection:
             return [row.run_id for row in connection.execute(query)]
 

@@ -5,70 +5,64 @@ The only module that knows pydantic. `params/example.yml` is its manual.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from runbook_lib import grammar, params_file
+from runbook_lib.canonical import canonical_json
 from runbook_lib.errors import UsageError
+from runbook_lib.params_file import one_line
 
 VERSION = re.compile(r"v?[0-9A-Za-z][0-9A-Za-z.]{0,30}(-[0-9A-Za-z][0-9A-Za-z.]{0,30})?")
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,30}")
-_PLACEHOLDER = re.compile(r"\$\{([a-z][a-z0-9_.-]*)\}")
-_SECRET = re.compile(r"(env:[A-Za-z_][A-Za-z0-9_]*|file:\S+)")
+_MOST_BYTES = 2**53 - 1  # JSON's largest whole number
 
 # pydantic matches in Rust, where `$` is the end of the text and nothing else.
 Name = Annotated[str, StringConstraints(pattern=rf"^{NAME.pattern}$")]
-Text = Annotated[str, StringConstraints(min_length=1, max_length=4000, pattern=r"^[^\x00]*$")]
-Line = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f]*$")]
-SecretRef = Annotated[str, StringConstraints(pattern=rf"^{_SECRET.pattern}$")]
-Url = Annotated[str, StringConstraints(pattern=r"^https?://[A-Za-z0-9.:\[\]_-]+(/[^\s]*)?$")]
-Seconds = Annotated[float, Field(gt=0, le=7 * 86400)]
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,62}$")]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=4000, pattern=r"^[^\x00]*$")]
+_Short = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+Line = Annotated[_Short, AfterValidator(grammar.line)]
+Below = Annotated[_Short, AfterValidator(grammar.below)]
+Absolute = Annotated[_Short, AfterValidator(grammar.absolute)]
+Program = Annotated[_Short, AfterValidator(grammar.program)]
+Url = Annotated[_Short, AfterValidator(grammar.url)]
+Front = Annotated[_Short, AfterValidator(grammar.front)]
+UrlPath = Annotated[_Short, AfterValidator(grammar.url_path)]
+Server = Annotated[_Short, AfterValidator(grammar.server)]
+Address = Annotated[_Short, AfterValidator(grammar.address)]
+Remote = Annotated[_Short, AfterValidator(grammar.remote)]
+LedgerUrl = Annotated[_Short, AfterValidator(grammar.ledger)]
+SecretRef = Annotated[_Short, AfterValidator(grammar.secret)]
+FileRef = Annotated[_Short, AfterValidator(grammar.file_secret)]
+PublicKey = Annotated[str, StringConstraints(max_length=4000), AfterValidator(grammar.public_key)]
+Moment = Annotated[_Short, AfterValidator(grammar.moment)]
+Rule = Annotated[
+    str, StringConstraints(pattern="^(floor_rps|max_traffic_ratio|error_share|expected_instances|effects)$")
+]
+Seconds = Annotated[float, Field(gt=0, le=7 * 86400)]
 
 
-def _address(value: str) -> str:
-    if re.fullmatch(r"local:/\S*", value):
-        return value
-    if re.fullmatch(r"ssh:([a-z_][a-z0-9_-]*@)?[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]{1,5})?(/\S*)", value):
-        return value
-    raise ValueError("must be local:/FOLDER or ssh:[user@]host[:port]/FOLDER")
-
-
-def _moment(value: str) -> str:
+def _json(value: Any) -> Any:
     try:
-        there = datetime.fromisoformat(value).tzinfo is not None
-    except ValueError:
-        there = False
-    if not there:
-        raise ValueError("must be an ISO 8601 time with its offset, such as 2026-03-01T20:00:00+00:00")
+        canonical_json(value)
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
     return value
 
 
-Address = Annotated[str, AfterValidator(_address)]
-Moment = Annotated[Line, AfterValidator(_moment)]
-# A folder, a URL, or git's own user@host:path; never what git would take for an option.
-Remote = Annotated[
-    str,
-    StringConstraints(
-        pattern=r"^(/|(https|ssh|file)://|([a-z_][a-z0-9_-]*@)?[A-Za-z0-9][A-Za-z0-9.-]*:)[^\s\x00-\x1f]*$"
-    ),
-]
-
-
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Person(_Strict):
     name: Line
     roles: list[Name] = []
-    keys: list[Annotated[str, StringConstraints(pattern=r"^(ssh|sk-ssh|ecdsa)-\S+ [A-Za-z0-9+/=]+( [^\n]*)?$")]]
+    keys: list[PublicKey]
 
 
 class GateParams(_Strict):
@@ -85,11 +79,11 @@ class Gates(_Strict):
 
 class Application(_Strict):
     name: Word
-    url: Url
-    health_path: Line = "/health"
-    version_path: Line = "/version"
-    critical_paths: list[Line] = []
-    probe_write_path: Line
+    url: Front
+    health_path: UrlPath = "/health"
+    version_path: UrlPath = "/version"
+    critical_paths: list[UrlPath] = []
+    probe_write_path: UrlPath
     probe_write_form: dict[str, str] = {}
     bypass_token: SecretRef
     refusal_header: Word = "X-Maintenance"
@@ -100,16 +94,16 @@ class Repository(_Strict):
     branch: Word = "main"
     ci_notes_ref: Word = "ci"
     freeze: Literal["hook-file"] = "hook-file"
-    changelog: Line = "CHANGELOG.md"
+    changelog: Below = "CHANGELOG.md"
 
 
 class Host(_Strict):
     address: Address
-    url: Url | None = None
+    url: Front | None = None
     balanced: bool = True
-    log: Line = "log/app.log"
+    log: Below = "log/app.log"
     python: Line = "python3"
-    files: Annotated[list[Line], Field(min_length=1)] = ["."]
+    files: Annotated[list[Below], Field(min_length=1)] = ["."]
 
 
 class Hosts(_Strict):
@@ -118,10 +112,10 @@ class Hosts(_Strict):
 
 
 class Database(_Strict):
-    host: Line
+    host: Server
     port: Annotated[int, Field(ge=1, le=65535)]
-    passfile: Line
-    bin: Line | None = None
+    passfile: Absolute
+    bin: Absolute | None = None
     production: Word
     staging: Word
     maintenance: Word = "postgres"
@@ -136,8 +130,8 @@ class Database(_Strict):
 
 class Migrations(_Strict):
     tool: Literal["dbmate", "rails"] = "dbmate"
-    executable: Line = "dbmate"
-    directory: Line = "db/migrations"
+    executable: Program = "dbmate"
+    directory: Below = "db/migrations"
     timeout_s: Seconds = 1800.0
 
 
@@ -147,12 +141,12 @@ class ObjectStore(_Strict):
     endpoint: Url | None = None
     region: Word = "us-east-1"
     profile: Word = "default"
-    credentials_file: Line | None = None
-    capacity_bytes: Annotated[int, Field(gt=0)] | None = None
+    credentials_file: Absolute | None = None
+    capacity_bytes: Annotated[int, Field(gt=0, le=_MOST_BYTES)] | None = None
 
 
 class Backup(_Strict):
-    directory: Line
+    directory: Absolute
     free_ratio: Annotated[float, Field(ge=0.0, le=0.9)] = 0.15
     max_age_s: Seconds = 86400.0
     timeout_s: Seconds = 7200.0
@@ -160,10 +154,10 @@ class Backup(_Strict):
 
 
 class Deploy(_Strict):
-    playbooks: Line
-    inventory: Line
-    vault_password: SecretRef | None = None
-    balancer: Url | None = None
+    playbooks: Absolute
+    inventory: Absolute
+    vault_password: FileRef | None = None
+    balancer: Front | None = None
     drain_timeout_s: Seconds = 30.0
     timeout_s: Seconds = 600.0
 
@@ -171,7 +165,7 @@ class Deploy(_Strict):
 class SpotCheck(_Strict):
     name: Name
     asks: Line
-    path: Line = "/"
+    path: UrlPath = "/"
 
 
 class SpotChecks(_Strict):
@@ -184,10 +178,10 @@ class Watch(_Strict):
     interval_s: Annotated[float, Field(gt=0, le=600)] = 15.0
     baseline_s: Annotated[float, Field(ge=5, le=7 * 86400)] = 3600.0
     extensions: Annotated[int, Field(ge=0, le=5)] = 1
-    access_log: Line
+    access_log: Absolute
     queue_depth_sql: Text | None = None
     hard_limits: dict[Word, float] = {}
-    rules: dict[Word, Any] = {}
+    rules: Annotated[dict[Rule, Any], AfterValidator(_json)] = {}
 
 
 class Window(_Strict):
@@ -201,17 +195,17 @@ class Maintenance(_Strict):
 
 
 class Messages(_Strict):
-    chat: Annotated[str, StringConstraints(pattern=r"^outbox:/\S+$")]
+    chat: Annotated[Line, StringConstraints(pattern=r"^outbox:/\S+$")]
     deployments: Line = "#deployments"
     incidents: Line = "#incidents"
-    calendar: Annotated[str, StringConstraints(pattern=r"^folder:/\S+$")]
-    pages: Annotated[str, StringConstraints(pattern=r"^folder:/\S+$")]
-    tickets: Annotated[str, StringConstraints(pattern=r"^folder:/\S+$")]
-    tracker: Annotated[str, StringConstraints(pattern=r"^csv:/\S+$")]
+    calendar: Annotated[Line, StringConstraints(pattern=r"^folder:/\S+$")]
+    pages: Annotated[Line, StringConstraints(pattern=r"^folder:/\S+$")]
+    tickets: Annotated[Line, StringConstraints(pattern=r"^folder:/\S+$")]
+    tracker: Annotated[Line, StringConstraints(pattern=r"^csv:/\S+$")]
 
 
 class Record(_Strict):
-    key: SecretRef
+    key: FileRef
 
 
 class Rollback(_Strict):
@@ -245,29 +239,61 @@ class Params(_Strict):
     messages: Messages
     record: Record
     rollback: Rollback = Rollback()
-    ledger: Annotated[str, StringConstraints(pattern=r"^(sqlite|postgresql(\+psycopg)?)://\S*$")] | None = None
+    ledger: LedgerUrl | None = None
     rehearsal: Rehearsal | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Params:
+        for said in self._wrong_together():
+            raise ValueError(said)
+        return self
+
+    def _wrong_together(self) -> Iterator[str]:
         roles = {role for person in self.people.values() for role in person.roles}
+        if self.opened_by is not None and self.opened_by not in self.people:
+            yield f"opened_by: {self.opened_by} is none of the people"
         for name in ("backup", "migration", "release"):
             gate: GateParams = getattr(self.gates, name)
-            able = [p for p, person in self.people.items() if set(person.roles) & set(gate.roles)]
-            if len(able) < gate.quorum:
-                raise ValueError(
-                    f"gates.{name} needs {gate.quorum} of {'/'.join(gate.roles)}, people have {sorted(roles)}"
-                )
+            if len(self.able(name)) < gate.quorum:
+                yield f"gates.{name} needs {gate.quorum} of {'/'.join(gate.roles)}, people have {sorted(roles)}"
+            elif len(self.able(name, opener=self.opened_by)) < gate.quorum:
+                yield f"gates.{name} needs {gate.quorum} of {'/'.join(gate.roles)} beside {self.opened_by}, who opens runs"
+        owners: dict[str, str] = {}
+        for name, person in self.people.items():
+            if name == "recorder":
+                yield "people.recorder: this name signs records, and no gates"
+            for key in person.keys:
+                owner = owners.setdefault(" ".join(key.split(" ")[:2]), name)
+                if owner != name:
+                    yield f"people.{name}.keys: {owner} has the same key: one could sign for the other"
+        twice = sorted(self.hosts.web.keys() & self.hosts.workers.keys())
+        if twice:
+            yield f"hosts.workers.{twice[0]}: a web host has the same name"
+        if all(host.url is None for host in self.hosts.web.values()):
+            yield "hosts.web: none has a url, so none can say which release it runs"
+        if self.database.production == self.database.staging:
+            both = f"database.production and database.staging are both {self.database.production}"
+            yield f"{both}: a release is rehearsed on staging first"
+        checks = [check.name for check in self.spot_checks.checks]
+        if len(set(checks)) < len(checks):
+            yield f"spot_checks.checks: two have the name {max(checks, key=checks.count)}"
         if self.production:
-            if self.rehearsal is not None:
-                raise ValueError("rehearsal: a production environment has no rehearsal block")
-            local = [name for name, host in self.all_hosts.items() if host.address.startswith("local:")]
-            if local:
-                raise ValueError(f"hosts.{local[0]}.address: local: is refused in production")
-            for name in ("chat", "calendar", "pages", "tickets", "tracker"):
-                if str(getattr(self.messages, name)).partition(":")[0] in ("outbox", "folder", "csv"):
-                    raise ValueError(f"messages.{name}: a local folder is refused in production")
-        return self
+            yield from self._local()
+
+    def _local(self) -> Iterator[str]:
+        if self.rehearsal is not None:
+            yield "rehearsal: a production environment has no rehearsal block"
+        for name, host in self.all_hosts.items():
+            if host.address.startswith("local:"):
+                yield f"hosts.{name}.address: local: is refused in production"
+        for name in ("chat", "calendar", "pages", "tickets", "tracker"):
+            if str(getattr(self.messages, name)).partition(":")[0] in ("outbox", "folder", "csv"):
+                yield f"messages.{name}: a local folder is refused in production"
+
+    def able(self, gate: str, *, opener: str | None = None) -> list[str]:
+        """Who may approve a gate of a run that `opener` opens."""
+        roles = set(getattr(self.gates, gate).roles)
+        return [name for name, person in self.people.items() if roles & set(person.roles) and name != opener]
 
     @property
     def all_hosts(self) -> dict[str, Host]:
@@ -303,24 +329,7 @@ def load(path: Path, *, settings: Mapping[str, str] | None = None) -> Params:
     Raises:
         UsageError: naming file and key; nothing was started.
     """
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yml") if p.stem != "example")) or "none"
-        raise UsageError(f"there is no params file {path.name} (known environments: {known})", remedy=f"write {path}")
-    try:
-        data = yaml.load(path.read_text(), Loader=_UniqueKeys)  # noqa: S506  # a SafeLoader
-    except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError, UsageError) as error:
-        # PyYAML itself raises the plain ones: 2026-02-31, a key that is a list, brackets without end.
-        raise UsageError(f"{path.name} is not readable YAML: {_one_line(error)}", remedy=f"mend {path}") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"{path.name} must be a mapping, not {type(data).__name__}", remedy="see params/example.yml")
-    facts = data.get("facts")
-    try:
-        data = _substituted(data, _facts(path, facts) if isinstance(facts, str) else {}, path.name)
-    except RecursionError as error:
-        raise UsageError(f"{path.name} refers to itself without end", remedy=f"mend {path}") from error
-    for dotted, value in (settings or {}).items():
-        _set(data, dotted, value)
-    return check(data, where=path.name, environment=path.stem)
+    return check(params_file.read(path, settings or {}), where=path.name, environment=path.stem)
 
 
 def check(data: Mapping[str, Any], *, where: str, environment: str | None = None) -> Params:
@@ -331,13 +340,15 @@ def check(data: Mapping[str, Any], *, where: str, environment: str | None = None
     """
     try:
         params = Params.model_validate(data)
+    except RecursionError as error:
+        raise UsageError(f"{where} is nested too deeply", remedy="compare with params/example.yml") from error
     except ValidationError as error:
         problems = error.errors()
         first = problems[0]
-        key = _one_line(".".join(str(part) for part in first["loc"])) or "the whole"
+        key = one_line(".".join(str(part) for part in first["loc"])) or "the whole"
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UsageError(
-            f"{where}: {key}: {_one_line(first['msg'])}{more}", remedy="compare with params/example.yml"
+            f"{where}: {key}: {one_line(first['msg'])}{more}", remedy="compare with params/example.yml"
         ) from error
     if environment is not None and params.environment != environment:
         raise UsageError(
@@ -345,74 +356,3 @@ def check(data: Mapping[str, Any], *, where: str, environment: str | None = None
             remedy="make them equal",
         )
     return params
-
-
-def _facts(path: Path, name: str) -> dict[str, Any]:
-    try:
-        data = json.loads((path.parent.parent / name).resolve().read_text())
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"{path.name}: facts: {name} is not there: the stack that writes it is down", remedy="runbook stack up"
-        ) from error
-    except OSError as error:
-        raise UsageError(f"{path.name}: facts: {name} cannot be read: {error.strerror}", remedy="check it") from error
-    except ValueError as error:
-        raise UsageError(
-            f"{path.name}: facts: {_one_line(name)} is no JSON: {_one_line(error)}", remedy="runbook stack up"
-        ) from error
-    if not isinstance(data, dict):
-        raise UsageError(f"{path.name}: facts: {name} is no JSON object", remedy="runbook stack up")
-    return data
-
-
-def _substituted(value: Any, facts: Mapping[str, Any], where: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _substituted(item, facts, where) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_substituted(item, facts, where) for item in value]
-    if not isinstance(value, str):
-        return value
-    whole = _PLACEHOLDER.fullmatch(value)
-    if whole:
-        return _fact(facts, whole[1], where)
-    return _PLACEHOLDER.sub(lambda match: str(_fact(facts, match[1], where)), value)
-
-
-def _fact(facts: Mapping[str, Any], dotted: str, where: str) -> Any:
-    value: Any = facts
-    for part in dotted.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            raise UsageError(f"{where}: ${{{dotted}}} is not among the facts", remedy="look at the facts file")
-        value = value[part]
-    return value
-
-
-def _set(data: dict[str, Any], dotted: str, text: str) -> None:
-    *parents, last = dotted.split(".")
-    node: Any = data
-    for part in parents:
-        node = node.setdefault(part, {}) if isinstance(node, dict) else None
-        if not isinstance(node, dict):
-            raise UsageError(f"--set {dotted}: {part} is no mapping", remedy="see params/example.yml")
-    try:
-        node[last] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"--set {dotted}: {_one_line(error)}", remedy="give a YAML scalar") from error
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """A key given twice is a mistake, not the last one's win."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  # PyYAML's
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise UsageError(f"key {key!r} stands twice, line {key_node.start_mark.line + 1}")
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _one_line(error: object) -> str:
-    # What a file says goes to a terminal: no line breaks, no escape sequences.
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))[:300]

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 from runbook_lib.adapters import access_log
+from runbook_lib.params import Params
 from runbook_lib.run import Run
 from runbook_lib.watch import Sample
 from runbook_lib.watch_config import WatchConfig, config_from_mapping
@@ -19,24 +20,24 @@ UNITS = {
 }
 
 
-def metrics(run: Run) -> tuple[str, ...]:
+def metrics(params: Params) -> tuple[str, ...]:
     """The metrics that this environment can measure."""
     names = ("p95_latency_s", "requests_per_s", "errors_5xx_per_s")
-    return (*names, "queue_depth_jobs") if run.params.watch.queue_depth_sql else names
+    return (*names, "queue_depth_jobs") if params.watch.queue_depth_sql else names
 
 
-def watch_config(run: Run) -> WatchConfig:
+def watch_config(params: Params) -> WatchConfig:
     """What the watch expects and what counts as worse, as the params say.
 
     Raises:
         ValueError: naming the key of `watch.rules` that cannot be read.
     """
-    settings = run.params.watch
+    settings = params.watch
     return config_from_mapping(
         {
             "duration_s": settings.duration_s,
             "interval_s": settings.interval_s,
-            "metrics": list(metrics(run)),
+            "metrics": list(metrics(params)),
             **({"hard_limits": dict(settings.hard_limits)} if settings.hard_limits else {}),
             **settings.rules,
         }

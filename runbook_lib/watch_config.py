@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -155,6 +156,7 @@ def _number(value: object, where: str, *, above_zero: bool = False) -> float:
     # bool is an int in Python, but `duration_s: yes` is a mistake.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where}: {value!r} is not a number")  # noqa: TRY004  (one error type for a bad file)
-    if not math.isfinite(value) or value < 0 or (above_zero and value == 0):
+    # A whole number past the floating-point range is no number here.
+    if abs(value) > sys.float_info.max or math.isnan(value) or value < 0 or (above_zero and value == 0):
         raise ValueError(f"{where}: {value!r} must be {'above' if above_zero else 'at least'} 0 and finite")
     return float(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from runbook_lib.errors import LedgerUnavailableError, RunbookError, UsageError
 from runbook_lib.ledger import Ledger
 from runbook_lib.model import Release
 from runbook_lib.params import Params
+from runbook_lib.params_file import read_facts
 from runbook_lib.run import Run, Services, session_name
 from runbook_lib.state import RunState
 from runbook_lib.step import current_attempt
@@ -55,9 +55,7 @@ def ledger_of(params: Params | None = None) -> Ledger:
     """The ledger that the params name, by default outputs/ledger.sqlite."""
     if params is not None and params.ledger:
         return Ledger(params.ledger)
-    folder = root() / "outputs"
-    folder.mkdir(exist_ok=True)
-    return Ledger(f"sqlite:///{folder / 'ledger.sqlite'}")
+    return Ledger(f"sqlite:///{root() / 'outputs' / 'ledger.sqlite'}")
 
 
 def load_params(environment: str, settings: Mapping[str, str] | None = None) -> Params:
@@ -76,17 +74,28 @@ def stack_facts(params: Params) -> dict[str, Any]:
     if params.rehearsal is None:
         return {}
     file = Path(params.rehearsal.stack) / "stack.json"
-    return dict(json.loads(file.read_text())) if file.exists() else {}
+    return read_facts(file, "rehearsal.stack: stack.json") if os.path.exists(file) else {}  # noqa: PTH110  # never raises
 
 
-def preview(environment: str, version: str = "", *, settings: Mapping[str, str] | None = None) -> Run:
+def preview(
+    environment: str, version: str = "", *, settings: Mapping[str, str] | None = None, opened_by: str | None = None
+) -> Run:
     """A handle for planning: everything is checked, nothing is written; its run id is the word RUN.
+
+    Args:
+        environment: the params file's name.
+        version: the release tag.
+        settings: `--set` overrides.
+        opened_by: who is about to open a run, empty for the params' own; None when nobody is.
 
     Raises:
         UsageError: the params, the version, a tool, a host or a database is not what it must be.
     """
     try:
-        return _preview(load_params(environment, settings), version)
+        params = load_params(environment, settings)
+        if opened_by is not None:
+            preflight.opener(params, opened_by)
+        return _preview(params, version)
     except UsageError:
         raise
     except RunbookError as error:  # whatever does not answer here, nothing was started
@@ -98,15 +107,18 @@ def _preview(params: Params, version: str) -> Run:
     version = version or ("next" if params.rehearsal is not None else "")
     if not version:
         raise UsageError("which version?", remedy=f"runbook run {environment} --version V")
-    versions = stack_facts(params).get("versions", {})
-    version = params_module.version_text(versions.get(version, version) if version in ALIASES else version)
+    versions = stack_facts(params).get("versions") if version in ALIASES else None
+    version = params_module.version_text(str(versions.get(version, version) if isinstance(versions, dict) else version))
     secrets = Secrets()
+    # What the params say by themselves, before anybody is asked.
+    preflight.check_window(params)
+    preflight.check_watch(params)
     preflight.check_files(params)
     scratch = root() / "outputs" / environment / ".scratch" / "RUN"
-    release = _release(params, _services(params, secrets, scratch, Path()), version)
-    run = _run(params, ledger_of(params), "RUN", release)
+    services = _services(params, secrets, scratch, Path())
     preflight.check_tools(params)
-    preflight.check_watch(run)
+    release = _release(params, services, version)
+    run = _run(params, ledger_of(params), "RUN", release)
     preflight.check_database(run)
     return run
 
@@ -127,20 +139,14 @@ def create(draft: Run, *, plan: Mapping[str, Any], opened_by: str = "", people_s
         people_sign: the rehearsal's people sign at the gates.
     """
     params, release = draft.params, draft.release
-    opener = opened_by or params.opened_by or getpass.getuser()
-    if opener not in params.people and params.rehearsal is None:
-        # Somebody under another name than the params know could approve what they opened themselves.
-        raise UsageError(
-            f"{opener} opens the run and is none of the people in the params file",
-            remedy="say who you are: --as PERSON",
-        )
+    opener = preflight.opener(params, opened_by)
     run_id = f"{datetime.now(UTC).strftime('%Y%m%dT%H%M%SZ')}-{release.version}-{random.token_hex(3)}"
     run = _run(params, draft.ledger, run_id, release)
+    _write_trust(params, run.secrets)  # first: a key that cannot be used leaves no folder behind
     run.folder.mkdir(parents=True, exist_ok=False)
     run.scratch.mkdir(parents=True, exist_ok=True)
     frozen = params.frozen()
     write_atomically(run.folder / "params.json", canonical_json(frozen))
-    _write_trust(params, run.secrets)
     opened = {
         "version": release.version,
         "ref": release.ref,

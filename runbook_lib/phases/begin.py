@@ -36,7 +36,8 @@ def check_baseline(run: Run) -> StepResult:
         samples = telemetry.collect(run, now - settings.baseline_s, now, "baseline")
         wanted = max(_FEWEST_POINTS, _COMPLETE * settings.baseline_s / settings.interval_s)
         points = {
-            name: sum(s.metric == name and math.isfinite(s.value) for s in samples) for name in telemetry.metrics(run)
+            name: sum(s.metric == name and math.isfinite(s.value) for s in samples)
+            for name in telemetry.metrics(run.params)
         }
         if min(points.values()) >= wanted:
             return StepResult(facts={"points": points, "needed": math.ceil(wanted), "seconds": settings.baseline_s})

@@ -102,7 +102,7 @@ def watch_telemetry(run: Run) -> StepResult:
     settings = run.params.watch
     began = epoch_s(_first_started(run, "begin.enable_maintenance"))
     baseline = telemetry.collect(run, began - settings.baseline_s, began, "baseline")
-    names, config = telemetry.metrics(run), telemetry.watch_config(run)
+    names, config = telemetry.metrics(run.params), telemetry.watch_config(run.params)
     extended = 0
     while True:
         start_s = time.time()

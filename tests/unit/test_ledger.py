@@ -36,6 +36,21 @@ def as_an_intruder(ledger: Ledger, statement: str) -> None:
         connection.exec_driver_sql(statement)
 
 
+def test_a_ledger_is_made_by_its_first_event_and_not_by_a_look(ledger_url: str, tmp_path: Path) -> None:
+    ledger = Ledger(ledger_url)
+
+    assert (ledger.runs(), ledger.events("run-1"), ledger.highest_epoch("rehearsal")) == ([], [], 0)
+    if ledger_url.startswith("sqlite"):
+        assert list(tmp_path.iterdir()) == []
+    else:
+        with ledger._engine.connect() as connection:
+            assert sa.inspect(connection).get_table_names() == []
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: Ledger(ledger.url).append(f"run-{n}", "x", {}, environment="rehearsal"), range(16)))
+    assert sorted(ledger.run_ids()) == sorted(f"run-{n}" for n in range(16))
+
+
 @pytest.mark.parametrize("statement", ["UPDATE events SET data = '{}'", "DELETE FROM events"])
 def test_events_cannot_be_changed_or_removed(ledger: Ledger, statement: str) -> None:
     with pytest.raises(sa.exc.DBAPIError, match="append-only"), ledger._engine.begin() as connection:

@@ -218,6 +218,77 @@ def test_a_secret_is_a_reference_and_never_itself(key: str, value: str) -> None:
     assert "hunter2" not in said
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("repository.url", "/srv/git/shop.git"),
+        ("repository.url", "file:///srv/git/shop.git"),
+        ("repository.url", "https://git.example.com:8443/team/shop.git"),
+        ("repository.url", "ssh://git@git.example.com:2222/team/shop.git"),
+        ("repository.url", "git@git.example.com:team/shop.git"),
+        ("repository.url", "git.example.com:/srv/git/shop.git"),
+        ("ledger", "sqlite:////srv/runbook/ledger.sqlite"),
+        ("ledger", "postgresql://db.example.com/runbook"),
+        ("ledger", "postgresql+psycopg://runbook@db.example.com:5433/runbook?sslmode=require"),
+        ("ledger", "postgresql://runbook@127.0.0.1:5433/ledger_1?passfile=/etc/runbook/pgpass"),
+        ("ledger", "postgresql://runbook@[::1]:5433/runbook"),
+        ("application.url", "http://127.0.0.1:8000"),
+        ("application.url", "https://[::1]:8443/shop"),
+        ("application.health_path", "/health?deep=1"),
+        ("backup.store.endpoint", "https://s3.example.com/"),
+        ("database.host", "db-1.example.com"),
+        ("database.host", "2001:db8::1"),
+        ("people.ada.name", "Ада Линд-O'Brien 李"),
+        ("people.ada.keys", ["sk-ecdsa-sha2-nistp256@openssh.com AAAA ada@home"]),
+        ("hosts.web.app-01.files", ["."]),
+        ("hosts.web.app-01.log", "log/..app.log"),
+        ("migrations.executable", "bin/rails"),
+        ("migrations.executable", "/usr/local/bin/dbmate"),
+        ("window.start", "2026-03-01T20:00:00Z"),
+        ("window.start", "20260301T200000+0100"),
+        ("record.key", "file:/etc/runbook/recorder"),
+        ("watch.rules", {"effects": {"p95_latency_s": {"absolute": 0.2}}, "floor_rps": 1}),
+    ],
+)
+def test_what_is_in_the_manual_may_be_written(key: str, value: object) -> None:
+    check(changed(key, value), where="some.yml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ledger", "postgresql://runbook:hunter2@db.example.com/runbook"),
+        ("ledger", "postgresql://runbook@db.example.com/runbook?password=hunter2"),
+        ("repository.url", "https://robin:hunter2@git.example.com/shop.git"),
+        ("application.url", "https://robin:hunter2@shop.example.com"),
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_repeated(key: str, value: str) -> None:
+    said = refused(changed(key, value))
+    assert f"{key}: " in said
+    assert "hunter2" not in said
+
+
+def test_a_gate_that_only_its_opener_could_approve_is_refused() -> None:
+    assert "gates.migration needs 1 of dba beside dan, who opens runs" in refused(changed("opened_by", "dan"))
+
+
+def test_aliases_of_aliases_are_counted_and_not_walked(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 20)]
+
+    with pytest.raises(UsageError, match="aliases of aliases"):
+        load(write(tmp_path, "some", "\n".join(lines)))
+
+
+@pytest.mark.parametrize("left", ["${Database.host}", "${}", "${database.name", "x${ database.name }"])
+def test_a_fact_that_is_written_wrongly_is_named(tmp_path: Path, left: str) -> None:
+    path = facts_file(tmp_path, json.dumps({"database": {"port": 6543, "name": left}}))
+
+    with pytest.raises(UsageError, match=r"some\.yml: database\.host: a \$\{…\} is left that names no fact"):
+        load(path)
+
+
 def as_production() -> dict[str, Any]:
     data = changed("production", True)
     data["rehearsal"] = None
