@@ -29,6 +29,8 @@ CLASSES: tuple[tuple[str, ...], ...] = (
     ("faults", "--ledger", "sqlite"),
     ("faults", "--ledger", "postgresql"),
     ("crowds",),
+    ("parameters",),
+    ("guards",),
 )
 # One of each recovery policy, and of each kind of target: messages and git, files, the database, the store, the schema.
 SAMPLED = (
