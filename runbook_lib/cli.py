@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runbook_lib.errors import PausedError, RunbookError, UsageError
+from runbook_lib.errors import PausedError, RunbookError, StepFailedError, UsageError
 
 if TYPE_CHECKING:
     from runbook_lib.executor import Outcome
@@ -33,6 +33,8 @@ stack_app = typer.Typer(no_args_is_help=True, help="The rehearsal stack: a local
 gate_app = typer.Typer(no_args_is_help=True, help="See a gate's evidence, and sign a decision.")
 app.add_typer(stack_app, name="stack")
 app.add_typer(gate_app, name="gate")
+backup_app = typer.Typer(no_args_is_help=True, help="Backups that are kept: list them, prove one again.")
+app.add_typer(backup_app, name="backup")
 
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON, the last line of stdout.")]
 Version = Annotated[str, typer.Option("--version", help="The release tag; in the rehearsal 'next' by default.")]
@@ -736,6 +738,60 @@ def fsck(run_id: Annotated[str, typer.Argument(metavar="[RUN]")] = "", json: Jso
         if not ok:
             print("next   keep the ledger and the folder as they are, and compare them with the mirror or the record")
     raise typer.Exit(0 if ok else 4)
+
+
+# --- backups -----------------------------------------------------------------------------------------------------
+
+
+@backup_app.command("list")
+def backup_list(environment: str, json: Json = False) -> None:
+    """What is kept of an environment's backups: where, how old, how big, proved or not."""
+    from runbook_lib import kept, wiring
+
+    params = wiring.load_params(environment)
+    found = kept.kept(wiring.ledger_of(params).runs(environment), Path(params.backup.directory))
+    if json:
+        _print_json(kept.as_json(found))
+    else:
+        print(kept.as_text(found))
+
+
+@backup_app.command("prove")
+def backup_prove(
+    dump: Path,
+    manifest: Annotated[Path, typer.Option(help="artifacts/backup/manifest.json of the run that made it.")],
+    environment: Annotated[str, typer.Option(help="Whose server restores it; by default the manifest's.")] = "",
+    json: Json = False,
+) -> None:
+    """Restore a dump into a scratch database and compare it with its manifest; exits 1 when it is not its source."""
+    from runbook_lib import restore, wiring
+
+    known = restore.read_manifest(manifest)
+    where = environment or str(known.get("environment", ""))
+    if not where:
+        raise UsageError(f"{manifest} names no environment", remedy="say whose server restores it: --environment ENV")
+    try:
+        with wiring.looking_around(wiring.load_params(where)) as run:
+            report = restore.prove_against_manifest(
+                dump,
+                known,
+                database=run.services.database,
+                params=run.params.database,
+                shell=run.services.shell,
+                timeout_s=run.params.backup.timeout_s,
+            )
+    except StepFailedError as error:
+        report = {"ok": False, "why": [error.message]}
+    if json:
+        _print_json(report)
+    else:
+        for table in report.get("tables", []):
+            mark = "✔" if table["same"] else "✖"
+            print(f"{mark} {table['table']}: {table['rows']:,} rows, restored {table['restored_rows'] or 0:,}")
+        for why in report["why"]:
+            print(f"✖ {why}")
+        print(f"{dump} is {'proved' if report['ok'] else 'not what its manifest says'}")
+    raise typer.Exit(0 if report["ok"] else 1)
 
 
 # --- records and telemetry ---------------------------------------------------------------------------------------

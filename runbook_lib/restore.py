@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets as random
 import time
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from runbook_lib.params import Database as DatabaseParams
 from runbook_lib.ports import Shell
 
 SCRATCH_PREFIX = "runbook_scratch_"
+_NO_MANIFEST = "this is no manifest of a backup"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +171,23 @@ def prove_dump(
     }
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a backup.
+
+    Raises:
+        UsageError: it is not there, or is none.
+    """
+    try:
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", remedy="give its path") from error
+    except ValueError as error:
+        raise UsageError(_NO_MANIFEST, remedy="give artifacts/backup/manifest.json") from error
+    if not isinstance(manifest, dict):
+        raise UsageError(_NO_MANIFEST, remedy="give artifacts/backup/manifest.json")
+    return manifest
+
+
 def prove_against_manifest(
     dump_file: Path,
     manifest: Mapping[str, Any],
@@ -185,21 +204,25 @@ def prove_against_manifest(
         database: any server that may hold the restore for a moment.
 
     Returns:
-        The JSON of `prove_dump` with `sha256`, `sha256_expected` and `ok`, which is true when digest and content agree.
+        The JSON of `prove_dump` with `sha256`, `sha256_expected`, `ok`, which is true when digest and content agree, and
+        `why` when they do not.
 
     Raises:
-        UsageError: this is no manifest.
+        UsageError: this is no manifest, or there is no dump.
         StepFailedError: the dump cannot be read or restored.
     """
     try:
         expected = next(str(entry["source_sha256"]) for entry in manifest["files"] if entry["kind"] == "dump")
         source, run_id = manifest["inventory"], str(manifest["run"])
     except (KeyError, TypeError, StopIteration) as error:
-        raise UsageError("this is no manifest of a backup", remedy="give artifacts/backup/manifest.json") from error
+        raise UsageError(_NO_MANIFEST, remedy="give artifacts/backup/manifest.json") from error
     if not dump_file.is_file():
         raise UsageError(f"there is no dump {dump_file}", remedy="give the path of the .dump file")
     token = random.token_hex(6)
     scratch = ScratchDatabase(database, params, f"{SCRATCH_PREFIX}{token}", f"runbook proof {token} of {run_id}")
     found = sha256_file(dump_file)
     report = prove_dump(dump_file, source, scratch=scratch, shell=shell, timeout_s=timeout_s)
-    return {**report, "sha256": found, "sha256_expected": expected, "ok": report["equal"] and found == expected}
+    why = [*report["differences"]]
+    if found != expected:
+        why.append(f"sha256 is {found}, the manifest says {expected}")
+    return {**report, "sha256": found, "sha256_expected": expected, "ok": not why, "why": why}

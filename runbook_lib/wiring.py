@@ -8,7 +8,10 @@ import os
 import re
 import secrets as random
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -115,6 +118,15 @@ def draft_of(params: Params) -> Run:
     """A handle with services and without a release, for looking around; nothing is written."""
     nothing = Release(params.environment, "", "", "", "", "")
     return _run(params, ledger_of(params), "RUN", nothing)
+
+
+@contextmanager
+def looking_around(params: Params) -> Iterator[Run]:
+    """Like `draft_of`, for work outside of any run: what it writes goes to a folder that is removed afterwards."""
+    draft = draft_of(params)
+    with tempfile.TemporaryDirectory(prefix="runbook-") as scratch:
+        folder = Path(scratch)
+        yield replace(draft, folder=folder, scratch=folder, services=_services(params, Secrets(), folder, folder))
 
 
 def create(draft: Run, *, plan: Mapping[str, Any], opened_by: str = "", people_sign: bool = False) -> Run:

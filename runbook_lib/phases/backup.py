@@ -432,6 +432,7 @@ def compare_hashes(run: Run) -> StepResult:
         )
     manifest = {
         "run": run.run_id,
+        "environment": run.release.environment,
         "version": run.release.version,
         "commit": run.release.commit,
         "database": run.params.database.production,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -359,3 +361,90 @@ def test_a_copied_dump_is_proved_by_its_manifest_alone(opened: Open, tmp_path: P
     assert prove()["ok"]
     manifest["files"][0]["source_sha256"] = "0" * 64
     assert not prove()["ok"]
+
+
+def _runbook(*words: str) -> subprocess.CompletedProcess[str]:
+    argv = (sys.executable, "-m", "runbook_lib", *words)
+    return subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def test_a_dump_is_proved_later_by_command(opened: Open, twin: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+    one = opened()
+    _backed_up(one)
+    backup.replicate_off_site(one.run)
+    backup.compare_hashes(one.run)
+    manifest = one.run.folder / "artifacts/backup/manifest.json"
+    dump, cut = backup_files.dump_path(one.run), tmp_path / "cut.dump"
+    cut.write_bytes(dump.read_bytes()[:-3000])
+
+    good = _runbook("backup", "prove", str(dump), "--manifest", str(manifest), "--json")
+    bad = _runbook("backup", "prove", str(cut), "--manifest", str(manifest), "--json")
+    shown = _runbook("backup", "prove", str(dump), "--manifest", str(manifest))
+
+    assert good.returncode == 0, good.stderr
+    assert json.loads(good.stdout)["ok"]
+    assert bad.returncode == 1
+    assert not json.loads(bad.stdout)["ok"]
+    assert json.loads(bad.stdout)["why"]
+    assert "✔ public.orders: " in shown.stdout
+    assert "is proved" in shown.stdout
+    assert _scratch_databases(twin) == []
+
+
+@pytest.mark.parametrize(
+    ("dump", "manifest", "says"),
+    [
+        ("gone.dump", "manifest.json", "there is no dump"),
+        ("one.dump", "gone.json", "cannot be read"),
+        ("one.dump", "one.dump", "no manifest"),
+        ("one.dump", "list.json", "no manifest"),
+        ("one.dump", "other.json", "names no environment"),
+    ],
+)
+def test_what_cannot_be_proved_is_said_before_anything_starts(
+    opened: Open,  # noqa: F811
+    tmp_path: Path,
+    dump: str,
+    manifest: str,
+    says: str,
+) -> None:
+    known = {"run": "r", "environment": "rehearsal", "inventory": {}, "files": [{"kind": "dump", "source_sha256": "0"}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(known))
+    (tmp_path / "one.dump").write_text("x")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "other.json").write_text("{}")
+
+    done = _runbook("backup", "prove", str(tmp_path / dump), "--manifest", str(tmp_path / manifest))
+
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_kept_is_listed(opened: Open) -> None:  # noqa: F811
+    one = opened()
+    _backed_up(one)
+    folder = Path(one.run.params.backup.directory)
+    before = json.loads(_runbook("backup", "list", "rehearsal", "--json").stdout)
+    backup.validate_backup(one.run)
+    backup.replicate_off_site(one.run)
+    backup_files.archive_path(one.run, "app-02").unlink()
+    (folder / "old.dump").write_text("x")
+    (folder / "left.dump.part").write_text("x")
+
+    after = {
+        Path(row["path"]).name: row for row in json.loads(_runbook("backup", "list", "rehearsal", "--json").stdout)
+    }
+
+    assert len(before) == 1 + len(one.run.params.all_hosts)
+    assert not any(row["proved"] or row["off_site"] for row in before)
+    dump = after[backup_files.dump_path(one.run).name]
+    assert (dump["kind"], dump["local"], dump["proved"], dump["run_id"]) == ("dump", "there", True, one.run.run_id)
+    assert dump["off_site"].startswith("s3://")
+    assert dump["version_id"]
+    assert 0 <= dump["age_s"] < 600
+    assert after[backup_files.archive_path(one.run, "app-02").name]["local"] == "missing"
+    assert (after["old.dump"]["kind"], after["old.dump"]["proved"]) == ("unknown", False)
+    assert after["left.dump.part"]["local"] == "unfinished"
+    assert _runbook("backup", "list", "rehearsal").stdout.count("\n") == len(after)
+    assert _runbook("backup", "list", "nowhere").returncode == 2
