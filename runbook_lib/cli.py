@@ -779,6 +779,7 @@ def backup_prove(
                 params=run.params.database,
                 shell=run.services.shell,
                 timeout_s=run.params.backup.timeout_s,
+                jobs=run.params.backup.jobs,
             )
     except StepFailedError as error:
         report = {"ok": False, "why": [error.message]}
@@ -788,6 +789,8 @@ def backup_prove(
         for table in report.get("tables", []):
             mark = "✔" if table["same"] else "✖"
             print(f"{mark} {table['table']}: {table['rows']:,} rows, restored {table['restored_rows'] or 0:,}")
+        for what in report.get("not_provable", []):
+            print(f"? not covered: {what}")
         for why in report["why"]:
             print(f"✖ {why}")
         print(f"{dump} is {'proved' if report['ok'] else 'not what its manifest says'}")

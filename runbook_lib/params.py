@@ -151,11 +151,32 @@ class ObjectStore(_Strict):
     capacity_bytes: Annotated[int, Field(gt=0)] | None = None
 
 
+class ArchiveParams(_Strict):
+    compression: Literal["auto", "zstd", "gzip"] = "auto"
+    level: Annotated[int, Field(ge=1, le=19)] | None = None
+    threads: Annotated[int, Field(ge=0, le=64)] = 0
+
+    @model_validator(mode="after")
+    def _level(self) -> ArchiveParams:
+        if self.level is not None and self.level > 9 and self.compression != "zstd":
+            raise ValueError("level: gzip knows 1 to 9; more needs compression: zstd")
+        return self
+
+
+class DumpParams(_Strict):
+    compression: Literal["auto", "zstd", "gzip", "none"] = "auto"
+    level: Annotated[int, Field(ge=1, le=19)] | None = None
+
+
 class Backup(_Strict):
     directory: Line
     free_ratio: Annotated[float, Field(ge=0.0, le=0.9)] = 0.15
     max_age_s: Seconds = 86400.0
     timeout_s: Seconds = 7200.0
+    parallel: Annotated[int, Field(ge=1, le=32)] = 4
+    jobs: Annotated[int, Field(ge=1, le=64)] = 2
+    dump: DumpParams = DumpParams()
+    archive: ArchiveParams = ArchiveParams()
     store: ObjectStore
 
 

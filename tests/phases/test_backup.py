@@ -17,7 +17,7 @@ import pytest
 
 from runbook_lib import backup_files, restore
 from runbook_lib.errors import PausedError, StepFailedError, StepInDoubtError
-from runbook_lib.model import Command, Status
+from runbook_lib.model import Command, Status, StepResult
 from runbook_lib.phases import backup, prepare
 from tests.phases.conftest_backup import Opened, opened, slow_tools, twin  # noqa: F401  # fixtures
 from tests.project import alive
@@ -58,12 +58,12 @@ def test_a_whole_backup_is_proved_and_named_in_one_manifest(opened: Open, twin: 
         step(run)
 
     manifest = json.loads((run.folder / "artifacts/backup/manifest.json").read_bytes())
-    assert [entry["kind"] for entry in manifest["files"]] == ["dump", *["files"] * 4, "inventory"]
+    assert [entry["kind"] for entry in manifest["files"]] == ["dump", *["files"] * 4, "inventory", "globals"]
     assert all(entry["equal"] for entry in manifest["files"])
     assert manifest["inventory"]["tables"]["public.orders"]["rows"] >= 5000
     assert {path.name for path in Path(run.params.backup.directory).iterdir()} == {
-        f"{run.run_id}.dump",
-        *(f"{run.run_id}-{host}.tgz" for host in run.params.all_hosts),
+        f"{run.run_id}.dump.zst",
+        *(f"{run.run_id}-{host}.tar.zst" for host in run.params.all_hosts),
     }
     assert all(path.stat().st_mode & 0o077 == 0 for path in Path(run.params.backup.directory).iterdir())
     assert _scratch_databases(twin) == []
@@ -137,7 +137,7 @@ def test_a_damaged_archive_does_not_pass(opened: Open) -> None:  # noqa: F811
     archive = backup_files.archive_path(one.run, "app-02")
     archive.write_bytes(archive.read_bytes()[:-2000])
 
-    with pytest.raises(StepFailedError, match=r"app-02\.tgz cannot be read"):
+    with pytest.raises(StepFailedError, match=r"app-02\.tar\.zst cannot be read"):
         backup.validate_backup(one.run)
 
 
@@ -158,7 +158,7 @@ def test_a_local_file_that_differs_closes_the_gate(opened: Open) -> None:  # noq
     with backup_files.dump_path(one.run).open("ab") as file:
         file.write(b"x")
 
-    with pytest.raises(StepFailedError, match=r"\.dump: source"):
+    with pytest.raises(StepFailedError, match=r"\.dump\.zst: source"):
         backup.compare_hashes(one.run)
 
     result = one.run.state.step("backup.compare_hashes").result
@@ -186,7 +186,7 @@ def test_an_older_pg_dump_is_refused(opened: Open, slow_tools: Tools) -> None:  
 
 
 def test_a_failing_pg_dump_leaves_nothing(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
-    line = 'case "$1" in --version) real "$@";; *) real "$@"; echo "disk full" >&2; exit 3;; esac'
+    line = 'case "$*" in *--snapshot*) real "$@"; echo "disk full" >&2; exit 3;; *) real "$@";; esac'
     tools = slow_tools("pg_dump", line)
     one = opened(database__bin=str(tools))
 
@@ -235,15 +235,16 @@ class _path:
 
 
 def _dumps(tools: Path) -> list[str]:
-    return [line for line in (tools / "pg_dump.calls").read_text().splitlines() if "--version" not in line]
+    return [line for line in (tools / "pg_dump.calls").read_text().splitlines() if "--snapshot" in line]
 
 
 def test_killed_while_dumping_the_dump_that_went_on_is_taken(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
-    line = 'real "$@"; status=$?; case "$1" in --version) ;; *) sleep 1;; esac; exit $status'
+    line = 'real "$@"; status=$?; case "$*" in *--snapshot*) sleep 1;; esac; exit $status'
     tools = slow_tools("pg_dump", line)
     one = opened(database__bin=str(tools))
-    part = Path(f"{backup_files.dump_path(one.run)}.part")
-    one.kill_when("backup.dump_database", lambda: part.exists() and part.stat().st_size > 0)
+    part = backup_files.part_of(backup_files.dump_paths(one.run)[".dump.zst"])
+    note = backup_files.scratch(one.run) / "dump-inventory.json"
+    one.kill_when("backup.dump_database", lambda: note.exists() and part.exists() and part.stat().st_size > 0)
 
     with _path(tools):
         result = backup.dump_database(one.run)
@@ -261,9 +262,9 @@ def test_killed_with_its_pg_dump_it_dumps_again(opened: Open, slow_tools: Tools)
     line = 'case "$1" in --version) real "$@";; *) real "$@"; sleep 3;; esac'
     tools = slow_tools("pg_dump", line)
     one = opened(database__bin=str(tools))
-    part = Path(f"{backup_files.dump_path(one.run)}.part")
+    part = backup_files.part_of(backup_files.dump_paths(one.run)[".dump.zst"])
     one.kill_when("backup.dump_database", lambda: part.exists() and part.stat().st_size > 0)
-    for pid in alive(str(part)):
+    for pid in alive(str(tools / "pg_dump")):
         os.kill(pid, signal.SIGKILL)
 
     with _path(tools):
@@ -315,14 +316,14 @@ def test_killed_while_copying_each_file_is_stored_once(opened: Open) -> None:  #
 
     backup.replicate_off_site(one.run)
 
-    assert len(versions()) == 6
-    assert len({version["Key"] for version in versions()}) == 6
+    assert len(versions()) == 7
+    assert len({version["Key"] for version in versions()}) == 7
 
 
 def test_killed_while_archiving_one_archive_a_host(opened: Open) -> None:  # noqa: F811
     one = opened()
     final = backup_files.archive_path(one.run, "app-02")
-    one.kill_when("backup.archive_files", lambda: final.exists() or Path(f"{final}.part").exists())
+    one.kill_when("backup.archive_files", lambda: final.exists() or backup_files.part_of(final).exists())
 
     backup.archive_files(one.run)
 
@@ -448,3 +449,48 @@ def test_what_is_kept_is_listed(opened: Open) -> None:  # noqa: F811
     assert after["left.dump.part"]["local"] == "unfinished"
     assert _runbook("backup", "list", "rehearsal").stdout.count("\n") == len(after)
     assert _runbook("backup", "list", "nowhere").returncode == 2
+
+
+def test_a_host_without_zstd_gets_a_gzipped_archive(opened: Open) -> None:  # noqa: F811
+    one = opened(backup__archive="{compression: gzip, level: 1}")
+
+    result = backup.archive_files(one.run)
+
+    assert result.facts["app-01"]["packed by"] == "gzip -1"
+    assert result.facts["app-01"]["sha256"] == result.facts["app-01"]["sha256 at source"]
+    assert all(path.suffix == ".tgz" for path in Path(one.run.params.backup.directory).iterdir())
+
+
+def test_in_read_only_mode_no_file_may_change(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
+    tools = slow_tools("tar", '/usr/bin/tar "$@"; exit 1')
+    one = opened()
+    run = one.run
+    with _path(tools):
+        backup.archive_files._one(run, "app-01")  # in daily life a file may change, and tar says so
+
+    step = {"step": "begin.enable_maintenance", "attempt": 1}
+    run.ledger.append(run.run_id, "step_intent", step)
+    green = {**step, "status": "green", "result": StepResult().as_json()}
+    run.ledger.append(run.run_id, "step_outcome", green)
+    with _path(tools), pytest.raises(StepFailedError, match="in read-only mode"):
+        backup.archive_files(run)
+    assert [path.name for path in Path(run.params.backup.directory).iterdir()] == [f"{run.run_id}-app-01.tar.zst"]
+
+
+def test_an_archive_that_changes_on_its_way_is_refused(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
+    empty_frame = r"P*M\030\000\000\000\000"  # all can still be unpacked and is equal
+    tools = slow_tools("tee", f"/usr/bin/tee \"$@\"; printf '{empty_frame}'")
+    one = opened()
+
+    with _path(tools), pytest.raises(StepFailedError, match="left it with sha256"):
+        backup.archive_files(one.run)
+    assert list(Path(one.run.params.backup.directory).iterdir()) == []
+
+
+def test_a_tar_that_fails_behind_its_pipe_is_seen(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
+    tools = slow_tools("tar", '/usr/bin/tar "$@"; echo "tar: disk gone" >&2; exit 2')
+    one = opened()
+
+    with _path(tools), pytest.raises(StepFailedError, match=r"\(tar-app-0\d\) exited 2: .*disk gone"):
+        backup.archive_files(one.run)
+    assert list(Path(one.run.params.backup.directory).iterdir()) == []
