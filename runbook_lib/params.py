@@ -149,6 +149,10 @@ class ObjectStore(_Strict):
     profile: Word = "default"
     credentials_file: Line | None = None
     capacity_bytes: Annotated[int, Field(gt=0)] | None = None
+    encryption: Literal["AES256", "aws:kms"] | None = None
+    kms_key: Line | None = None
+    retain_days: Annotated[int, Field(ge=0, le=36500)] = 0
+    retain_mode: Literal["GOVERNANCE", "COMPLIANCE"] = "GOVERNANCE"
 
 
 class ArchiveParams(_Strict):

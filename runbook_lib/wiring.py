@@ -356,6 +356,10 @@ def _services(params: Params, secrets: Secrets, scratch: Path, folder: Path) -> 
             region=store.region,
             profile=store.profile,
             credentials_file=store.credentials_file,
+            encryption=store.encryption,
+            kms_key=store.kms_key,
+            retain_days=store.retain_days,
+            retain_mode=store.retain_mode,
         ),
         repository=GitRepository(
             params.repository.url, scratch=scratch / "git", ci_notes_ref=params.repository.ci_notes_ref

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
@@ -436,10 +436,26 @@ def scratch_database(run: Run) -> restore.ScratchDatabase:
     way_back="the copies are kept",
 )
 def replicate_off_site(run: Run) -> StepResult:
-    """Every archive and the inventory go to the store; each is downloaded again and hashed."""
-    for path, digest in _copies(run):
-        run.services.store.put(path, _remote_key(run, path), sha256=digest)
+    """Every archive, the inventory and the roles go to the store; each is downloaded again and hashed."""
+    if not run.services.store.versioned():
+        raise StepFailedError(
+            f"bucket {run.params.backup.store.bucket} keeps no versions: what is deleted there is gone",
+            remedy="turn its versioning on, then resume",
+        )
+    store = run.services.store
+    _at_once(run, lambda path, digest: store.put(path, _remote_key(run, path), sha256=digest, retain=True))
     return _read_back(run)
+
+
+def _at_once(run: Run, work: Callable[[Path, str], Any]) -> list[Any]:
+    """Do something with every copy, some at a time; the first error is raised when those that began have ended."""
+    with ThreadPoolExecutor(run.params.backup.parallel) as pool:
+        begun = [pool.submit(work, path, digest) for path, digest in _copies(run)]
+        try:
+            return [one.result() for one in begun]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 @replicate_off_site.probe
@@ -475,38 +491,55 @@ def _remote_key(run: Run, path: Path) -> str:
 
 
 def _read_back(run: Run) -> StepResult:
-    copies: list[dict[str, Any]] = []
-    for path, digest in _copies(run):
-        stored = run.services.store.find(_remote_key(run, path))
-        if stored is None:
-            raise StepFailedError(
-                f"{_remote_key(run, path)} is not in the store", remedy=f"runbook resume {run.run_id}"
-            )
-        found, size_bytes = run.services.store.read_back(stored)
-        if found != digest:
-            raise StepFailedError(
-                f"{stored.key} came back with sha256 {found}, expected {digest}",
-                remedy="do not trust the store: look at it before going on",
-            )
-        copies.append(
-            {
-                "file": path.name,
-                "key": stored.key,
-                "version_id": stored.version_id,
-                "sha256": found,
-                "bytes": size_bytes,
-            }
-        )
+    began = time.monotonic()
+    copies = _at_once(run, lambda path, digest: _read_one_back(run, path, digest))
+    duration_s = time.monotonic() - began
     kept = run.keep("backup/off_site.json", json.dumps(copies, indent=1) + "\n")
     store = run.params.backup.store
     facts = {
         "store": f"s3://{store.bucket}/{store.prefix}/{run.run_id}/",
         "files": len(copies),
         "bytes": sum(copy["bytes"] for copy in copies),
-        "read back": "every byte, sha256 equal",
+        "read back": f"every byte, sha256 equal, in {duration_s:.1f} s",
+        "encrypted": sorted({str(copy["encryption"] or "by the bucket's own rule") for copy in copies}),
+        "retained until": min(
+            (str(copy["retained_until"]) for copy in copies if copy["retained_until"]), default="no lock"
+        ),
         "versions": {copy["file"]: copy["version_id"] for copy in copies},
     }
     return StepResult(facts=facts, artifacts=(kept,))
+
+
+def _read_one_back(run: Run, path: Path, digest: str) -> dict[str, Any]:
+    store, wanted = run.services.store, run.params.backup.store
+    stored = store.find(_remote_key(run, path))
+    if stored is None:
+        raise StepFailedError(f"{_remote_key(run, path)} is not in the store", remedy=f"runbook resume {run.run_id}")
+    if wanted.encryption is not None and stored.encryption != wanted.encryption:
+        raise StepFailedError(
+            f"{stored.key} is stored with encryption {stored.encryption}, not {wanted.encryption}",
+            remedy="look at the bucket and its keys",
+        )
+    if wanted.retain_days and stored.retained_until is None:
+        raise StepFailedError(
+            f"{stored.key} is not retained, {wanted.retain_days} days are wanted",
+            remedy="turn on the bucket's Object Lock",
+        )
+    found, size_bytes = store.read_back(stored)
+    if found != digest:
+        raise StepFailedError(
+            f"{stored.key} came back with sha256 {found}, expected {digest}",
+            remedy="do not trust the store: look at it before going on",
+        )
+    return {
+        "file": path.name,
+        "key": stored.key,
+        "version_id": stored.version_id,
+        "sha256": found,
+        "bytes": size_bytes,
+        "encryption": stored.encryption,
+        "retained_until": stored.retained_until,
+    }
 
 
 @step(
