@@ -165,6 +165,14 @@ def position(connection: psycopg.Connection[Any]) -> str:
     return str(_one_row(connection, _POSITION)[0])
 
 
+def written_since(connection: psycopg.Connection[Any], lsn: str) -> tuple[str, int]:
+    """Where the server's log stands now, and how many bytes it wrote since an LSN, of all databases together."""
+    now = position(connection)
+    row = connection.execute("SELECT pg_wal_lsn_diff(%s, %s)::bigint", (now, lsn)).fetchone()
+    assert row is not None  # noqa: S101
+    return now, int(row[0])
+
+
 @contextmanager
 def _reading(connect: Connect, snapshot: str | None) -> Iterator[psycopg.Connection[Any]]:
     """A session whose one transaction sees one moment: its own beginning, or an exported snapshot."""

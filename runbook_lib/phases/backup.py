@@ -549,7 +549,7 @@ def _read_one_back(run: Run, path: Path, digest: str) -> dict[str, Any]:
     expected_s=2.0,
 )
 def compare_hashes(run: Run) -> StepResult:
-    """One manifest that names every file with its digests here and there, and what the database held."""
+    """One manifest that names every file with its digests here and there, what the database held, and how the proof ended."""
     remote = {copy["file"]: copy for copy in json.loads((run.folder / "artifacts/backup/off_site.json").read_bytes())}
     hosts = {on_disk.archive_path(run, host).name: host for host in _hosts(run)}
     dump, entries, unequal = on_disk.dump_path(run), [], []
@@ -561,18 +561,25 @@ def compare_hashes(run: Run) -> StepResult:
             unequal.append(
                 f"{path.name}: source {source[:12]}, local {local[:12]}, off site {str(copy.get('sha256'))[:12]}"
             )
+        host = hosts.get(path.name)
+        made_by = dump_database.key() if path == dump else archive_files.key(host) if host else ""
         entries.append(
             {
                 "file": path.name,
-                "kind": "dump" if path == dump else "files" if path.name in hosts else path.stem,
-                "host": hosts.get(path.name),
+                "kind": "dump" if path == dump else "files" if host else path.stem,
+                "host": host,
                 "bytes": path.stat().st_size if path.is_file() else 0,
+                **{name: run.state.fact(made_by, name) for name in ("duration_s", "throughput", "packed by")},
                 "source_sha256": source,
                 "local": {"path": str(path), "sha256": local},
-                "remote": {name: copy.get(name) for name in ("key", "version_id", "sha256")},
+                "remote": {
+                    name: copy.get(name) for name in ("key", "version_id", "sha256", "encryption", "retained_until")
+                },
                 "equal": equal,
             }
         )
+    proof = _proof(run)
+    loss = _loss_window(run)
     manifest = {
         "run": run.run_id,
         "environment": run.release.environment,
@@ -581,12 +588,17 @@ def compare_hashes(run: Run) -> StepResult:
         "database": run.params.database.production,
         "taken_at": _fact(run, dump_database.key(), "taken at"),
         "files": entries,
+        "loss_window": loss,
+        "proof": proof,
         "inventory": _inventory(run),
     }
     kept = run.keep("backup/manifest.json", json.dumps(manifest, indent=1) + "\n")
     age_s = _age_s(run)
     facts = {
-        "equal": f"{len(entries) - len(unequal)} of {len(entries)} files: source = local = off site",
+        "backup": f"source = local = S3 for {len(entries) - len(unequal)} of {len(entries)} files, restore "
+        f"{'proved' if proof['equal'] else 'not proved'}, {proof['tables']:,} tables, {proof['rows']:,} rows",
+        "not covered": proof["not_covered"],
+        "loss window": f"since {loss['since']}, LSN {loss['lsn']}; {loss['written_bytes']:,} bytes of log until now",
         "age": f"{age_s:.0f} s, at most {run.params.backup.max_age_s:.0f} s",
         "sha256": {str(entry["file"]): entry["source_sha256"] for entry in entries},
         "unequal": unequal,
@@ -597,6 +609,35 @@ def compare_hashes(run: Run) -> StepResult:
         error.result = StepResult(facts=facts, artifacts=(kept,), verdict="red")
         raise error
     return StepResult(facts=facts, artifacts=(kept,))
+
+
+def _proof(run: Run) -> dict[str, Any]:
+    """How the proof by restore ended; it is a step of its own, and gate 1 asks for it."""
+    source = _inventory(run)
+    report = run.folder / "artifacts" / "backup/restore_report.json"
+    proved = run.state.green(validate_backup.key()) and report.exists()
+    return {
+        "equal": proved and bool(json.loads(report.read_bytes())["dump"]["equal"]),
+        "report_sha256": sha256_file(report) if proved else None,
+        "tables": len(source["tables"]),
+        "rows": inventory.rows(source),
+        "not_covered": source["not_provable"],
+    }
+
+
+def _loss_window(run: Run) -> dict[str, Any]:
+    """What a restore would lose: from the snapshot on."""
+    params, lsn = run.params.database, _fact(run, dump_database.key(), "lsn")
+    with run.services.database.connect(
+        params.backup_role, params.production, application=f"{run.session_name}: loss window"
+    ) as connection:
+        now, written = inventory.written_since(connection, lsn)
+    return {
+        "since": _fact(run, dump_database.key(), "taken at"),
+        "lsn": lsn,
+        "lsn_now": now,
+        "written_bytes": written,
+    }
 
 
 @compare_hashes.plan

@@ -61,6 +61,11 @@ def test_a_whole_backup_is_proved_and_named_in_one_manifest(opened: Open, twin: 
     assert [entry["kind"] for entry in manifest["files"]] == ["dump", *["files"] * 4, "inventory", "globals"]
     assert all(entry["equal"] for entry in manifest["files"])
     assert manifest["inventory"]["tables"]["public.orders"]["rows"] >= 5000
+    assert manifest["proof"]["equal"]
+    assert manifest["loss_window"]["written_bytes"] >= 0
+    card = run.state.fact("backup.compare_hashes", "backup")
+    assert card.startswith("source = local = S3 for 7 of 7 files, restore proved, ")
+    assert all(entry["duration_s"] > 0 for entry in manifest["files"] if entry["kind"] in ("dump", "files"))
     assert {path.name for path in Path(run.params.backup.directory).iterdir()} == {
         f"{run.run_id}.dump.zst",
         *(f"{run.run_id}-{host}.tar.zst" for host in run.params.all_hosts),
