@@ -40,7 +40,7 @@ TABLES = (
     """CREATE TABLE documents (id bigint PRIMARY KEY, title text, body text)""",
 )
 ROWS = (
-    """INSERT INTO orders SELECT n, n % 100003, (n * 7919) % 100000, (ARRAY['new', 'paid', 'sent'])[1 + n % 3],
+    """INSERT INTO orders SELECT n, n % 100003, (n::bigint * 7919) % 100000, (ARRAY['new', 'paid', 'sent'])[1 + n % 3],
        '2026-01-01'::timestamptz + n * interval '7 seconds' FROM generate_series({first}, {last}) n""",
     """INSERT INTO events SELECT n, '2026-01-01'::timestamptz + n * interval '1 second', 'kind ' || n % 40,
        md5(n::text) || ' GET /products/' || n % 5000 || ' 200 ' || md5((n + 1)::text) || ' Mozilla/5.0 (X11; Linux x86_64)'

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json as json_module
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,7 @@ Person = Annotated[str, typer.Option("--as", help="Your name in the params file.
 Key = Annotated[Path | None, typer.Option("--key", help="Your SSH key file (or the .pub of an agent's key).")]
 Comment = Annotated[str, typer.Option("--comment", help="What you looked at, or why not.")]
 
+_PROGRESS_EVERY_S = 5.0
 _FAULTS = {"bad-release": ("bad", "rolled_back")}
 
 
@@ -154,6 +156,7 @@ def _progress(run: Run) -> Iterator[None]:
     """Tell each step as the ledger learns of it, on stderr, while the work goes on."""
     from rich.console import Console
 
+    from runbook_lib import progress
     from runbook_lib.phases import FORWARD
     from runbook_lib.plan import expected_s
 
@@ -192,8 +195,13 @@ def _progress(run: Run) -> Iterator[None]:
                 console.print(f"   ! {event.kind}: {data}", style="red", markup=False)
 
     def follow() -> None:
+        told_at = 0.0
         while not stop.wait(0.5):
             tell()
+            if time.monotonic() - told_at >= _PROGRESS_EVERY_S and (lines := progress.now(run.scratch)):
+                told_at = time.monotonic()
+                for line in lines:
+                    console.print(f"     {line}", style="dim", markup=False)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

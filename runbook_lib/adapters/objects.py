@@ -48,6 +48,9 @@ class S3Store:
         kms_key: for `aws:kms`; None for the store's own.
         retain_days: how long nobody may remove what is put with `retain`; 0 for no such lock.
         retain_mode: `GOVERNANCE` or `COMPLIANCE`.
+
+    Attributes:
+        sent_bytes: what this object has stored so far.
     """
 
     bucket: str
@@ -60,6 +63,7 @@ class S3Store:
     kms_key: str | None = None
     retain_days: int = 0
     retain_mode: str = "GOVERNANCE"
+    sent_bytes: int = field(default=0, init=False)
     _known: S3Client | None = field(default=None, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
@@ -162,6 +166,7 @@ class S3Store:
                 IfNoneMatch="*",
                 **wanted,
             )
+        self._count(path.stat().st_size)
 
     def _put_parts(self, path: Path, key: str, sha256: str, wanted: dict[str, Any]) -> None:
         s3, name = self._client, self._full(key)
@@ -208,7 +213,12 @@ class S3Store:
                 Body=cast("IO[bytes]", body),
                 ChecksumSHA256=checksum,
             )
+        self._count(size)
         return {"PartNumber": number, "ETag": done["ETag"], "ChecksumSHA256": checksum}
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self.sent_bytes += size
 
     def _forget_half_uploads(self, name: str) -> None:
         """Parts of an upload that was killed cost storage and are seen by nobody."""

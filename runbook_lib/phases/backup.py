@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runbook_lib import backup_files as on_disk
-from runbook_lib import restore
+from runbook_lib import progress, restore
 from runbook_lib.adapters import archives, inventory
 from runbook_lib.canonical import canonical_json, sha256, sha256_file, write_atomically
 from runbook_lib.clock import Moment, utc_now
@@ -95,7 +95,8 @@ def archive_files(run: Run, host: str) -> StepResult:
                 f"{host} has no file in {', '.join(run.params.all_hosts[host].files)}",
                 remedy=f"mend hosts.{host}.files",
             )
-        tar = run.services.shell.run(on_disk.tar_of(run, host, known, packed, part), name=f"tar-{host}")
+        with progress.told(run.scratch, f"archive of {host}", lambda: part.stat().st_size, total=_foretold(run, host)):
+            tar = run.services.shell.run(on_disk.tar_of(run, host, known, packed, part), name=f"tar-{host}")
         on_disk.sync(part)
         sent = files.streamed_sha256(tar.output)
         archived = archives.read(part)
@@ -138,6 +139,13 @@ def archive_files(run: Run, host: str) -> StepResult:
         part.unlink(missing_ok=True)
         raise
     return result
+
+
+def _foretold(run: Run, host: str = "") -> int | None:
+    """How big the archive of a host, or without one the dump, was the last time."""
+    key = archive_files.key(host) if host else dump_database.key()
+    before = (s.fact(key, "bytes") for s in run.ledger.runs(run.release.environment) if s.run_id != run.run_id)
+    return next((int(size) for size in before if size), None)
 
 
 def _nobody_may_write(run: Run) -> bool:
@@ -206,7 +214,10 @@ def dump_database(run: Run) -> StepResult:
             snapshot = restore.export_snapshot(connection)
             known: dict[str, Any] = {"taken_at": utc_now(), "lsn": snapshot.lsn, "packed_by": packing.words}
             command = _dump(run, snapshot.name, packing, part)
-            with ThreadPoolExecutor(1) as pool:
+            with (
+                progress.told(run.scratch, "dump", lambda: part.stat().st_size, total=_foretold(run)),
+                ThreadPoolExecutor(1) as pool,
+            ):
                 dumping = pool.submit(copy_context().run, run.services.shell.run, command, name="pg_dump")
                 known["inventory"] = _take_inventory(run, snapshot.name, dumping)
                 # A dump that outlives this process is worth something only with it.
@@ -443,7 +454,9 @@ def replicate_off_site(run: Run) -> StepResult:
             remedy="turn its versioning on, then resume",
         )
     store = run.services.store
-    _at_once(run, lambda path, digest: store.put(path, _remote_key(run, path), sha256=digest, retain=True))
+    total, before = sum(path.stat().st_size for path, _ in _copies(run)), store.sent_bytes
+    with progress.told(run.scratch, "copies off site", lambda: store.sent_bytes - before, total=total):
+        _at_once(run, lambda path, digest: store.put(path, _remote_key(run, path), sha256=digest, retain=True))
     return _read_back(run)
 
 
