@@ -5,55 +5,109 @@ from __future__ import annotations
 import errno
 import json
 import os
-import tarfile
-import zlib
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from runbook_lib.canonical import canonical_json, sha256_file, sync_folder, write_atomically
 from runbook_lib.commands import archive_files as files
+from runbook_lib.commands import postgres
 from runbook_lib.errors import StepFailedError, StepInDoubtError
 from runbook_lib.model import Command, StepResult
 from runbook_lib.run import Run
 
 
+def dump_paths(run: Run) -> dict[str, Path]:
+    """Ending → where the run's database dump lies when it is packed that way."""
+    folder = Path(run.params.backup.directory)
+    return {suffix: folder / f"{run.run_id}{suffix}" for suffix in postgres.SUFFIXES}
+
+
 def dump_path(run: Run) -> Path:
-    """Where the run's database dump lies."""
-    return Path(run.params.backup.directory) / f"{run.run_id}.dump"
+    """Where the run's database dump lies, or would lie."""
+    return _known(run, "backup.dump_database", list(dump_paths(run).values()))
+
+
+def dump_packing(run: Run) -> postgres.Packing:
+    """The fastest compression that params allow and that is there."""
+    wanted, shell = run.params.backup.dump, run.services.shell
+    level = 1 if wanted.level is None else wanted.level
+    if wanted.compression in ("auto", "zstd"):
+        said = shell.run(postgres.packs_with(f"zstd:{level}"), name="pg_dump-zstd").output
+        if postgres.can_pack(said):
+            return postgres.Packing(f"zstd:{level}")
+        if shutil.which("zstd") is not None or wanted.compression == "zstd":
+            return postgres.Packing("0", ("zstd", "-q", f"-{level}", "-T0"))
+        return postgres.Packing(str(min(level, 9)))
+    if wanted.compression == "none":
+        return postgres.Packing("0")
+    return postgres.Packing(None if wanted.level is None else str(wanted.level))
+
+
+def _known(run: Run, key: str, paths: list[Path]) -> Path:
+    """The one that the ledger names; else the one that is there; else the first."""
+    known = run.state.fact(key, "file")
+    return Path(str(known)) if known is not None else next((path for path in paths if path.exists()), paths[0])
+
+
+def archive_paths(run: Run, host: str) -> dict[str, Path]:
+    """Compressor → where the run's archive of a host's files lies when it is packed with it."""
+    folder = Path(run.params.backup.directory)
+    return {program: folder / f"{run.run_id}-{host}{suffix}" for program, suffix in files.SUFFIXES.items()}
 
 
 def archive_path(run: Run, host: str) -> Path:
-    """Where the run's archive of a host's files lies."""
-    return Path(run.params.backup.directory) / f"{run.run_id}-{host}.tgz"
+    """Where the run's archive of a host's files lies, or would lie."""
+    return _known(run, f"backup.archive_files@{host}", list(archive_paths(run, host).values()))
 
 
-def tar_of(run: Run, host: str, known: Mapping[str, str], part: Path) -> Command:
+def packing(run: Run, host: str) -> files.Packing:
+    """How the host's files are compressed: with zstd where params allow it and both ends have it."""
+    wanted = run.params.backup.archive
+    there = run.services.hosts[host].command(files.has_zstd())
+    both = (
+        wanted.compression == "auto"
+        and shutil.which("zstd") is not None
+        and run.services.shell.run(there, name=f"zstd-{host}").exit_code == 0
+    )
+    program = "zstd" if both or wanted.compression == "zstd" else "gzip"
+    return files.Packing(program, wanted.level, wanted.threads)
+
+
+def tar_of(run: Run, host: str, known: Mapping[str, str], packed: files.Packing, part: Path) -> Command:
     """The command that streams a host's files into `part`; `known` is the host's manifest."""
     command = files.create(
-        run.params.all_hosts[host].files, known=known, into=part, timeout_s=run.params.backup.timeout_s
+        run.params.all_hosts[host].files,
+        known=known,
+        packing=packed,
+        into=part,
+        timeout_s=run.params.backup.timeout_s,
     )
     return run.services.hosts[host].command(command)
 
 
-def source_manifest(run: Run, host: str, when: str) -> dict[str, str]:
-    """Path → sha256 of the host's files, as the host itself reads them now; `when` names the log."""
-    into = scratch(run) / f"{host}-{when}.sha256"
-    command = files.manifest(run.params.all_hosts[host].files, into=into, timeout_s=run.params.backup.timeout_s)
-    run.services.shell.run(run.services.hosts[host].command(command), name=f"manifest-{when}-{host}")
+def source_manifest(run: Run, host: str) -> dict[str, str]:
+    """Path → sha256 of the host's files, as the host itself reads them now."""
+    return _listed(run, host, "manifest", files.manifest, files.parse_manifest)
+
+
+def source_stamps(run: Run, host: str, when: str) -> dict[str, str]:
+    """Path → what any write to the file would change; `when` names the log."""
+    return _listed(run, host, f"stamps-{when}", files.stamps, files.parse_stamps)
+
+
+def _listed(
+    run: Run, host: str, name: str, command: Callable[..., Command], parse: Callable[[bytes], dict[str, str]]
+) -> dict[str, str]:
+    into = scratch(run) / f"{host}-{name}"
+    there = command(run.params.all_hosts[host].files, into=into, timeout_s=run.params.backup.timeout_s)
+    run.services.shell.run(run.services.hosts[host].command(there), name=f"{name}-{host}")
     try:
-        return files.parse_manifest(into.read_bytes())
+        return parse(into.read_bytes())
     except ValueError as error:
         raise StepFailedError(
             f"the list of files of {host} is not readable: {error}", remedy=f"look at {into}"
         ) from error
-
-
-def contents_of(archive: Path) -> dict[str, str]:
-    """Path → sha256 of an archive's files; StepFailedError when it cannot be read to its last byte."""
-    try:
-        return files.contents(archive)
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise StepFailedError(f"{archive} cannot be read to its end: {error}", remedy="archive again") from error
 
 
 def scratch(run: Run) -> Path:
@@ -61,6 +115,12 @@ def scratch(run: Run) -> Path:
     folder = run.scratch / "backup"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def fresh_parts(paths: Iterable[Path]) -> None:
+    """Remove what a killed attempt left, however it packed."""
+    for path in paths:
+        part_of(path).unlink(missing_ok=True)
 
 
 def part_of(final: Path) -> Path:
@@ -98,7 +158,9 @@ def sync(path: Path) -> None:
 
 def finish(run: Run, part: Path, final: Path, result: StepResult) -> None:
     """Give the backup its name: the last effect, so that the name alone says that it is whole and verified."""
-    texts = {artifact.path: (run.folder / artifact.path).read_text() for artifact in result.artifacts}
+    texts = {
+        artifact.path: (run.folder / artifact.path).read_bytes().decode("latin-1") for artifact in result.artifacts
+    }
     note = canonical_json({"result": result.as_json(), "artifacts": texts})
     write_atomically(_proof(final, str(result.facts["sha256"])), note, mode=0o600)
     try:
@@ -126,5 +188,5 @@ def finished(run: Run, final: Path) -> StepResult | None:
     part_of(final).unlink(missing_ok=True)
     note = json.loads(proof.read_bytes())
     for path, content in note["artifacts"].items():
-        write_atomically(run.folder / path, content)
+        write_atomically(run.folder / path, content.encode("latin-1"))
     return StepResult.from_json(note["result"])

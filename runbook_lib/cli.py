@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runbook_lib.errors import PausedError, RunbookError, UsageError
+from runbook_lib.errors import PausedError, RunbookError, StepFailedError, UsageError
 
 if TYPE_CHECKING:
     from runbook_lib.executor import Outcome
@@ -35,6 +36,8 @@ stack_app = typer.Typer(no_args_is_help=True, help="The rehearsal stack: a local
 gate_app = typer.Typer(no_args_is_help=True, help="See a gate's evidence, and sign a decision.")
 app.add_typer(stack_app, name="stack")
 app.add_typer(gate_app, name="gate")
+backup_app = typer.Typer(no_args_is_help=True, help="Backups that are kept: list them, prove one again.")
+app.add_typer(backup_app, name="backup")
 
 Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON, the last line of stdout.")]
 Version = Annotated[str, typer.Option("--version", help="The release tag; in the rehearsal 'next' by default.")]
@@ -43,6 +46,7 @@ Person = Annotated[str, typer.Option("--as", help="Your name in the params file.
 Key = Annotated[Path | None, typer.Option("--key", help="Your SSH key file (or the .pub of an agent's key).")]
 Comment = Annotated[str, typer.Option("--comment", help="What you looked at, or why not.")]
 
+_PROGRESS_EVERY_S = 5.0
 _FAULTS = {"bad-release": ("bad", "rolled_back")}
 
 
@@ -158,6 +162,7 @@ def _progress(run: Run) -> Iterator[None]:
     """Tell each step as the ledger learns of it, on stderr, while the work goes on."""
     from rich.console import Console
 
+    from runbook_lib import progress
     from runbook_lib.phases import FORWARD
     from runbook_lib.plan import expected_s
 
@@ -196,8 +201,13 @@ def _progress(run: Run) -> Iterator[None]:
                 console.print(f"   ! {event.kind}: {data}", style="red", markup=False)
 
     def follow() -> None:
+        told_at = 0.0
         while not stop.wait(0.5):
             tell()
+            if time.monotonic() - told_at >= _PROGRESS_EVERY_S and (lines := progress.now(run.scratch)):
+                told_at = time.monotonic()
+                for line in lines:
+                    console.print(f"     {line}", style="dim", markup=False)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -741,6 +751,63 @@ def fsck(run_id: Annotated[str, typer.Argument(metavar="[RUN]")] = "", json: Jso
         if not ok:
             print("next   keep the ledger and the folder as they are, and compare them with the mirror or the record")
     raise typer.Exit(0 if ok else 4)
+
+
+# --- backups -----------------------------------------------------------------------------------------------------
+
+
+@backup_app.command("list")
+def backup_list(environment: str, json: Json = False) -> None:
+    """What is kept of an environment's backups: where, how old, how big, proved or not."""
+    from runbook_lib import kept, wiring
+
+    params = wiring.load_params(environment)
+    found = kept.kept(wiring.ledger_of(params).runs(environment), Path(params.backup.directory))
+    if json:
+        _print_json(kept.as_json(found))
+    else:
+        print(kept.as_text(found))
+
+
+@backup_app.command("prove")
+def backup_prove(
+    dump: Path,
+    manifest: Annotated[Path, typer.Option(help="artifacts/backup/manifest.json of the run that made it.")],
+    environment: Annotated[str, typer.Option(help="Whose server restores it; by default the manifest's.")] = "",
+    json: Json = False,
+) -> None:
+    """Restore a dump into a scratch database and compare it with its manifest; exits 1 when it is not its source."""
+    from runbook_lib import restore, wiring
+
+    known = restore.read_manifest(manifest)
+    where = environment or str(known.get("environment", ""))
+    if not where:
+        raise UsageError(f"{manifest} names no environment", remedy="say whose server restores it: --environment ENV")
+    try:
+        with wiring.looking_around(wiring.load_params(where)) as run:
+            report = restore.prove_against_manifest(
+                dump,
+                known,
+                database=run.services.database,
+                params=run.params.database,
+                shell=run.services.shell,
+                timeout_s=run.params.backup.timeout_s,
+                jobs=run.params.backup.jobs,
+            )
+    except StepFailedError as error:
+        report = {"ok": False, "why": [error.message]}
+    if json:
+        _print_json(report)
+    else:
+        for table in report.get("tables", []):
+            mark = "✔" if table["same"] else "✖"
+            print(f"{mark} {table['table']}: {table['rows']:,} rows, restored {table['restored_rows'] or 0:,}")
+        for what in report.get("not_provable", []):
+            print(f"? not covered: {what}")
+        for why in report["why"]:
+            print(f"✖ {why}")
+        print(f"{dump} is {'proved' if report['ok'] else 'not what its manifest says'}")
+    raise typer.Exit(0 if report["ok"] else 1)
 
 
 # --- records and telemetry ---------------------------------------------------------------------------------------

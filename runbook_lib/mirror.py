@@ -7,13 +7,14 @@ event that names the list. What comes back is what the ledger names, byte for by
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from runbook_lib.canonical import canonical_json, sha256, sha256_file, write_atomically
 from runbook_lib.errors import UnavailableError, VerificationError
-from runbook_lib.model import Event
+from runbook_lib.model import Event, Status
 from runbook_lib.params import Params
 from runbook_lib.ports import ObjectStore
 from runbook_lib.run import Run
@@ -21,6 +22,8 @@ from runbook_lib.run import Run
 EVENT = "folder_mirrored"
 # A lock and a pid mean nothing elsewhere, and half-written files mean nothing at all.
 _LEFT_OUT = (".lock", ".part")
+# Several steps of a run may end at the same moment.
+_one_at_a_time = threading.Lock()
 
 
 def is_shared(params: Params) -> bool:
@@ -35,13 +38,23 @@ def push(run: Run) -> None:
     """
     if not is_shared(run.params):
         return
+    with _one_at_a_time:
+        _push(run)
+
+
+def _push(run: Run) -> None:
+    # What a step beside this one is writing follows when that one is done.
+    writing = tuple(f"{step.intent['children']}/" for step in run.state.steps.values() if step.status is Status.RUNNING)
     try:
         note = _read_note(run.scratch)
         known = set(note["known"])
         files = {}
         for path in sorted(run.folder.rglob("*")):
-            if path.is_file() and not path.name.startswith(".") and path.suffix not in _LEFT_OUT:
-                files[path.relative_to(run.folder).as_posix()] = _put(run, path, known)
+            name = path.relative_to(run.folder).as_posix()
+            if name.startswith(writing) or path.name.startswith(".") or path.suffix in _LEFT_OUT:
+                continue
+            if path.is_file():
+                files[name] = _put(run, path, known)
         listing = canonical_json({"run": run.run_id, "files": files})
         digest = sha256(listing)
         if digest != note["list"]:

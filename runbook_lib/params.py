@@ -143,6 +143,27 @@ class ObjectStore(_Strict):
     profile: Word = "default"
     credentials_file: Absolute | None = None
     capacity_bytes: Annotated[int, Field(gt=0, le=_MOST_BYTES)] | None = None
+    encryption: Literal["AES256", "aws:kms"] | None = None
+    kms_key: Line | None = None
+    retain_days: Annotated[int, Field(ge=0, le=36500)] = 0
+    retain_mode: Literal["GOVERNANCE", "COMPLIANCE"] = "GOVERNANCE"
+
+
+class ArchiveParams(_Strict):
+    compression: Literal["auto", "zstd", "gzip"] = "auto"
+    level: Annotated[int, Field(ge=1, le=19)] | None = None
+    threads: Annotated[int, Field(ge=0, le=64)] = 0
+
+    @model_validator(mode="after")
+    def _level(self) -> ArchiveParams:
+        if self.level is not None and self.level > 9 and self.compression != "zstd":
+            raise ValueError("level: gzip knows 1 to 9; more needs compression: zstd")
+        return self
+
+
+class DumpParams(_Strict):
+    compression: Literal["auto", "zstd", "gzip", "none"] = "auto"
+    level: Annotated[int, Field(ge=1, le=19)] | None = None
 
 
 class Backup(_Strict):
@@ -150,6 +171,11 @@ class Backup(_Strict):
     free_ratio: Annotated[float, Field(ge=0.0, le=0.9)] = 0.15
     max_age_s: Seconds = 86400.0
     timeout_s: Seconds = 7200.0
+    scratch_capacity_bytes: Annotated[int, Field(gt=0)] | None = None
+    parallel: Annotated[int, Field(ge=1, le=32)] = 4
+    jobs: Annotated[int, Field(ge=1, le=64)] = 2
+    dump: DumpParams = DumpParams()
+    archive: ArchiveParams = ArchiveParams()
     store: ObjectStore
 
 

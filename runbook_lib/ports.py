@@ -100,13 +100,22 @@ class Stored:
     version_id: str
     size_bytes: int
     sha256: str | None
+    encryption: str | None = None
+    retained_until: str | None = None
 
 
 class ObjectStore(Protocol):
     """Versioned objects off site."""
 
-    def put(self, path: Path, key: str, *, sha256: str) -> Stored:
-        """Store a file once: a version whose content is this digest is returned instead of written again."""
+    @property
+    def sent_bytes(self) -> int:
+        """How many bytes were stored through this object so far, in whole parts; for the display of progress."""
+
+    def put(self, path: Path, key: str, *, sha256: str, retain: bool = False) -> Stored:
+        """Store a file once: a version whose content is this digest is returned instead of written again.
+
+        With `retain` nobody may remove it for as long as the store is configured to keep.
+        """
 
     def find(self, key: str) -> Stored | None:
         """The newest version of `key`, None when there is none."""
@@ -116,6 +125,9 @@ class ObjectStore(Protocol):
 
     def fetch(self, stored: Stored, into: Path) -> None:
         """Download that version into a file."""
+
+    def versioned(self) -> bool:
+        """True when the bucket keeps what is written over or deleted."""
 
     def used_bytes(self) -> int:
         """All versions stored in the bucket, in bytes."""

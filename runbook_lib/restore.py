@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import secrets as random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from runbook_lib.params import Database as DatabaseParams
 from runbook_lib.ports import Shell
 
 SCRATCH_PREFIX = "runbook_scratch_"
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_NO_MANIFEST = "this is no manifest of a backup"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +83,14 @@ class ScratchDatabase:
             connection.execute(sql.SQL("COMMENT ON DATABASE {} IS {}").format(name, sql.Literal(self.mark)))
             connection.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(name))
 
-    def inventory(self) -> dict[str, Any]:
-        """What it holds."""
-        with self.database.connect(
-            self.params.admin_role, self.name, application="runbook: comparing a restore"
-        ) as connection:
-            return consistent_inventory(connection)
+    def inventory(self, jobs: int) -> dict[str, Any]:
+        """What it holds; nobody else writes there."""
+        return inventory.take(
+            lambda: self.database.connect(
+                self.params.admin_role, self.name, application="runbook: comparing a restore"
+            ),
+            jobs=jobs,
+        )
 
     def _admin(self) -> psycopg.Connection[Any]:
         """An admin's session that is alone with this name.
@@ -99,56 +106,99 @@ class ScratchDatabase:
         return connection
 
 
-def consistent_inventory(connection: psycopg.Connection[Any]) -> dict[str, Any]:
-    """The inventory of one moment, in a transaction of its own."""
-    begin_snapshot(connection)
-    taken = inventory.take(connection)
-    connection.rollback()
-    return taken
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One moment of a database that several sessions read.
+
+    Attributes:
+        name: what the others give to SET TRANSACTION SNAPSHOT, while this one's transaction is open.
+        lsn: how far the server's log was before it.
+    """
+
+    name: str
+    lsn: str
 
 
-def begin_snapshot(connection: psycopg.Connection[Any]) -> None:
-    """Make an autocommit session comparable and let its next statement begin one read-only snapshot."""
+def export_snapshot(connection: psycopg.Connection[Any]) -> Snapshot:
+    """Begin a read-only transaction in a fresh autocommit session, and export what it sees."""
+    lsn = inventory.position(connection)
     inventory.prepare(connection)
     connection.autocommit = False
     connection.isolation_level = IsolationLevel.REPEATABLE_READ
     connection.read_only = True
+    row = connection.execute("SELECT pg_export_snapshot()").fetchone()
+    assert row is not None  # noqa: S101  # a function call has one row
+    return Snapshot(str(row[0]), lsn)
+
+
+@contextmanager
+def _plain(dump_file: Path, *, shell: Shell, timeout_s: float) -> Iterator[Path]:
+    """The dump as pg_restore reads it: itself, or unpacked beside it for as long as the body runs."""
+    with dump_file.open("rb") as file:
+        packed = file.read(4) == _ZSTD
+    if not packed:
+        yield dump_file
+        return
+    plain = dump_file.with_name(f"{dump_file.name}.plain.part")
+    plain.unlink(missing_ok=True)
+    os.close(os.open(plain, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        shell.run(postgres.unpack(dump_file, into=plain, timeout_s=timeout_s), name="unpack")
+        yield plain
+    finally:
+        plain.unlink(missing_ok=True)
 
 
 def prove_dump(
-    dump_file: Path, source: Mapping[str, Any], *, scratch: ScratchDatabase, shell: Shell, timeout_s: float
+    dump_file: Path,
+    source: Mapping[str, Any],
+    *,
+    scratch: ScratchDatabase,
+    shell: Shell,
+    timeout_s: float,
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Restore a dump into the scratch database and compare it with the inventory of its source.
 
     Args:
         source: from `adapters.inventory.take`, of the dump's own snapshot.
         timeout_s: for reading and for restoring, each, in seconds.
+        jobs: how many tables and indexes are restored and compared at a time.
 
     Returns:
-        JSON: `equal`, `differences`, `tables` (table, rows, restored_rows, same), `read_s`, `restore_s`, `entries`.
+        JSON: `equal`, `differences`, `not_provable`, `tables` (table, rows, restored_rows, same), `entries`, and how long it
+        took: `read_s`, `restore_s`, `compare_s`.
 
     Raises:
         StepFailedError: the dump is empty, cannot be read to its end or cannot be restored.
+        UsageError: its inventory is of another version of this program.
 
     Side effect: the scratch database is made, and dropped whatever happens.
     """
+    if source.get("format") != inventory.FORMAT:
+        raise UsageError(
+            f"the inventory has format {source.get('format')}, this version compares format {inventory.FORMAT}",
+            remedy="use the version of runbook that made the backup",
+        )
     if not dump_file.is_file() or dump_file.stat().st_size == 0:
         raise StepFailedError(f"{dump_file} is missing or empty", remedy="dump again")
-    listing = shell.run(postgres.list_contents(dump_file), name="pg_restore-list").output
-    read = shell.run(postgres.read_through(dump_file, timeout_s=timeout_s), name="pg_restore-read")
     params = scratch.params
     server = postgres.Server(params.host, params.port, params.passfile)
-    started = time.monotonic()
-    try:
-        scratch.create()
-        shell.run(
-            postgres.restore(server, params.admin_role, scratch.name, dump_file, timeout_s=timeout_s),
-            name="pg_restore",
-        )
-        restore_s = time.monotonic() - started
-        restored = scratch.inventory()
-    finally:
-        scratch.drop()
+    began = time.monotonic()
+    with _plain(dump_file, shell=shell, timeout_s=timeout_s) as plain:
+        listing = shell.run(postgres.list_contents(plain), name="pg_restore-list").output
+        shell.run(postgres.read_through(plain, timeout_s=timeout_s), name="pg_restore-read")
+        read = time.monotonic()
+        try:
+            scratch.create()
+            shell.run(
+                postgres.restore(server, params.admin_role, scratch.name, plain, timeout_s=timeout_s, jobs=jobs),
+                name="pg_restore",
+            )
+            restored_at = time.monotonic()
+            restored = scratch.inventory(jobs)
+        finally:
+            scratch.drop()
     found = inventory.differences(source, restored)
     tables = [
         {
@@ -162,11 +212,30 @@ def prove_dump(
     return {
         "equal": not found,
         "differences": found,
+        "not_provable": list(source["not_provable"]),
         "tables": tables,
         "entries": postgres.tables_listed(listing),
-        "read_s": round(read.duration_s, 3),
-        "restore_s": round(restore_s, 3),
+        "read_s": round(read - began, 3),
+        "restore_s": round(restored_at - read, 3),
+        "compare_s": round(time.monotonic() - restored_at, 3),
     }
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a backup.
+
+    Raises:
+        UsageError: it is not there, or is none.
+    """
+    try:
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", remedy="give its path") from error
+    except ValueError as error:
+        raise UsageError(_NO_MANIFEST, remedy="give artifacts/backup/manifest.json") from error
+    if not isinstance(manifest, dict):
+        raise UsageError(_NO_MANIFEST, remedy="give artifacts/backup/manifest.json")
+    return manifest
 
 
 def prove_against_manifest(
@@ -177,6 +246,7 @@ def prove_against_manifest(
     params: DatabaseParams,
     shell: Shell,
     timeout_s: float,
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Prove a dump, wherever it was copied to, against the manifest that its run wrote.
 
@@ -185,21 +255,25 @@ def prove_against_manifest(
         database: any server that may hold the restore for a moment.
 
     Returns:
-        The JSON of `prove_dump` with `sha256`, `sha256_expected` and `ok`, which is true when digest and content agree.
+        The JSON of `prove_dump` with `sha256`, `sha256_expected`, `ok`, which is true when digest and content agree, and
+        `why` when they do not.
 
     Raises:
-        UsageError: this is no manifest.
+        UsageError: this is no manifest, or there is no dump.
         StepFailedError: the dump cannot be read or restored.
     """
     try:
         expected = next(str(entry["source_sha256"]) for entry in manifest["files"] if entry["kind"] == "dump")
         source, run_id = manifest["inventory"], str(manifest["run"])
     except (KeyError, TypeError, StopIteration) as error:
-        raise UsageError("this is no manifest of a backup", remedy="give artifacts/backup/manifest.json") from error
+        raise UsageError(_NO_MANIFEST, remedy="give artifacts/backup/manifest.json") from error
     if not dump_file.is_file():
         raise UsageError(f"there is no dump {dump_file}", remedy="give the path of the .dump file")
     token = random.token_hex(6)
     scratch = ScratchDatabase(database, params, f"{SCRATCH_PREFIX}{token}", f"runbook proof {token} of {run_id}")
     found = sha256_file(dump_file)
-    report = prove_dump(dump_file, source, scratch=scratch, shell=shell, timeout_s=timeout_s)
-    return {**report, "sha256": found, "sha256_expected": expected, "ok": report["equal"] and found == expected}
+    report = prove_dump(dump_file, source, scratch=scratch, shell=shell, timeout_s=timeout_s, jobs=jobs)
+    why = [*report["differences"]]
+    if found != expected:
+        why.append(f"sha256 is {found}, the manifest says {expected}")
+    return {**report, "sha256": found, "sha256_expected": expected, "ok": not why, "why": why}

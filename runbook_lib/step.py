@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class Step:
     expected_s: float
     way_back: str
     each: Items | None = None
+    limit: Callable[[Run], int] | None = None
     phase: str = ""
     before: tuple[Step, ...] = ()
     needs: tuple[str, ...] = ()
@@ -129,12 +131,31 @@ class Step:
             return replace(shown, title=shown.title or self.title)
         if self.each is None:
             return self._one(run, None)
-        results = {item: self._one(run, item) for item in self.each(run)}
+        results = self._at_once(run, self.each(run)) if self.limit else self._in_turn(run, self.each(run))
         return StepResult(
             facts={item: dict(result.facts) for item, result in results.items()},
             artifacts=tuple(a for result in results.values() for a in result.artifacts),
             title=self.title,
         )
+
+    def _in_turn(self, run: Run, items: Sequence[str]) -> dict[str, StepResult]:
+        return {item: self._one(run, item) for item in items}
+
+    def _at_once(self, run: Run, items: Sequence[str]) -> dict[str, StepResult]:
+        """Several items at a time, each with its own intent and outcome; one that fails does not stop the others.
+
+        What a killed process left is settled before, one after the other: to settle is to end what was left running.
+        """
+        assert self.limit is not None  # noqa: S101  # the caller looked
+        with lease.held(run):
+            state = run.state
+            in_doubt = [item for item in items if state.step(self.key(item)).status is Status.RUNNING]
+            results = self._in_turn(run, in_doubt)
+            rest = [item for item in items if item not in results]
+            with ThreadPoolExecutor(self.limit(run), thread_name_prefix=self.name) as pool:
+                begun = {item: pool.submit(copy_context().run, self._one, run, item) for item in rest}
+            results.update({item: future.result() for item, future in begun.items()})
+        return {item: results[item] for item in items}
 
     def _one(self, run: Run, item: str | None) -> StepResult:
         key = self.key(item)
@@ -316,6 +337,7 @@ def step(
     expected_s: float = 1.0,
     way_back: str = "nothing to undo",
     each: Items | None = None,
+    limit: Callable[[Run], int] | None = None,
     instead: Instead | None = None,
 ) -> Callable[[Action], Step]:
     """Make a function of the playbook a step.
@@ -328,6 +350,7 @@ def step(
         expected_s: for the plan, in seconds.
         way_back: how it is undone, for the plan.
         each: the items (hosts) that it is done for one after the other, each a step of its own in the ledger.
+        limit: for how many items it may be done at the same time; None for one after the other.
         instead: what is shown while the step must not act, leaving no trace; None lets it act.
     """
 
@@ -342,6 +365,7 @@ def step(
             expected_s=expected_s,
             way_back=way_back,
             each=each,
+            limit=limit,
             instead=instead,
             __doc__=action.__doc__ or "",
         )

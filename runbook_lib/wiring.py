@@ -7,7 +7,10 @@ import os
 import re
 import secrets as random
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -127,6 +130,15 @@ def draft_of(params: Params) -> Run:
     """A handle with services and without a release, for looking around; nothing is written."""
     nothing = Release(params.environment, "", "", "", "", "")
     return _run(params, ledger_of(params), "RUN", nothing)
+
+
+@contextmanager
+def looking_around(params: Params) -> Iterator[Run]:
+    """Like `draft_of`, for work outside of any run: what it writes goes to a folder that is removed afterwards."""
+    draft = draft_of(params)
+    with tempfile.TemporaryDirectory(prefix="runbook-") as scratch:
+        folder = Path(scratch)
+        yield replace(draft, folder=folder, scratch=folder, services=_services(params, Secrets(), folder, folder))
 
 
 def create(draft: Run, *, plan: Mapping[str, Any], opened_by: str = "", people_sign: bool = False) -> Run:
@@ -350,6 +362,10 @@ def _services(params: Params, secrets: Secrets, scratch: Path, folder: Path) -> 
             region=store.region,
             profile=store.profile,
             credentials_file=store.credentials_file,
+            encryption=store.encryption,
+            kms_key=store.kms_key,
+            retain_days=store.retain_days,
+            retain_mode=store.retain_mode,
         ),
         repository=GitRepository(
             params.repository.url, scratch=scratch / "git", ci_notes_ref=params.repository.ci_notes_ref

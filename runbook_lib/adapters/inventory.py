@@ -1,20 +1,25 @@
 """What a database holds, table by table: row counts and content digests, to compare a restore with its source.
 
-The digest of a table is two sums of 64-bit halves of each row's MD5. It needs one pass, no sort and no memory, does
-not depend on the order of rows, and tells any damage; it is no defence against a forger, who has no access here.
+The digest of a table is two sums of 64-bit hashes of each row's text, with different seeds. It needs one pass, no sort
+and no memory, does not depend on the order of rows, and tells any damage; it is no defence against a forger, who has no
+access here. The server's own hash of a text is the same in all its versions, as partitioning by hash relies on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, LiteralString
 
 import psycopg
-from psycopg import sql
+from psycopg import IsolationLevel, sql
 
 from runbook_lib.canonical import digest
 
-FORMAT = 1
+FORMAT = 2
 # Text forms of values depend on these; `row_security` off makes a hidden row an error instead of an omission.
 _SETTINGS = (
     "SET search_path = pg_catalog",
@@ -34,7 +39,7 @@ _OURS = """
     AND NOT EXISTS (SELECT 1 FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e')
 """
 _TABLES = f"""
-    SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    SELECT n.nspname, c.relname, pg_table_size(c.oid) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relkind = 'r' AND c.relpersistence <> 't' AND {_OURS} ORDER BY 1, 2
 """  # noqa: S608  # constants
 _SEQUENCES = f"""
@@ -78,40 +83,121 @@ def prepare(connection: psycopg.Connection[Any]) -> None:
         connection.execute(statement)
 
 
-def take(connection: psycopg.Connection[Any]) -> dict[str, Any]:
-    """The inventory of the session's database, as JSON.
+_COUNT = (
+    "SELECT count(*), coalesce(sum(hashtextextended(t, 0)), 0)::text, coalesce(sum(hashtextextended(t, 1)), 0)::text"
+    ' FROM (SELECT (runbook_row.*)::text COLLATE "C" AS t FROM ONLY {} AS runbook_row OFFSET 0) AS texts'
+)
+_LARGE_OBJECTS = """
+    SELECT count(*), coalesce(sum(hashtextextended(t, 0)), 0)::text, coalesce(sum(hashtextextended(t, 1)), 0)::text
+    FROM (SELECT oid || ':' || md5(lo_get(oid)) AS t FROM pg_largeobject_metadata OFFSET 0) AS texts
+"""
+_NOT_PROVABLE = f"""
+    SELECT CASE c.relkind WHEN 'f' THEN 'foreign table ' ELSE 'materialized view ' END || n.nspname || '.' || c.relname
+           || CASE c.relkind WHEN 'f' THEN ': its rows are on another server' ELSE ': made anew by a restore' END
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('f', 'm') AND {_OURS} ORDER BY 1
+"""  # noqa: S608  # constants
+_SELF = "SELECT current_database(), current_setting('server_version'), pg_database_size(current_database())"
+_POSITION = "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END)::text"
+# A transaction keeps a lock on every table and index that it read: with thousands of them the server runs out.
+_TABLES_A_TRANSACTION = 200
+Connect = Callable[[], psycopg.Connection[Any]]
 
-    For a consistent one, call it within one REPEATABLE READ transaction after `prepare`.
+
+def take(
+    connect: Connect, *, snapshot: str | None = None, jobs: int = 1, keep_on: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """The inventory of a database, as JSON.
+
+    Args:
+        connect: opens a session; each is closed here.
+        snapshot: exported by a transaction that stays open; None where nobody writes.
+        jobs: how many tables are read at a time.
+        keep_on: called between tables; what it raises ends the inventory.
     """
-    tables = {}
-    for schema, name in connection.execute(_TABLES).fetchall():
-        query = sql.SQL(
-            "SELECT count(*), coalesce(sum(('x' || left(h, 16))::bit(64)::bigint::numeric), 0)::text,"
-            " coalesce(sum(('x' || right(h, 16))::bit(64)::bigint::numeric), 0)::text"
-            " FROM (SELECT md5((runbook_row.*)::text) AS h FROM ONLY {} AS runbook_row) AS hashed"
-        ).format(sql.Identifier(schema, name))
-        row = connection.execute(query).fetchone()
-        assert row is not None  # noqa: S101  # an aggregate has one row
-        tables[f"{schema}.{name}"] = {"rows": row[0], "content": digest([row[1], row[2]])[:32]}
-    sequences = {}
-    for schema, name in connection.execute(_SEQUENCES).fetchall():
-        row = connection.execute(
-            sql.SQL("SELECT last_value, is_called FROM {}").format(sql.Identifier(schema, name))
-        ).fetchone()
-        assert row is not None  # noqa: S101
-        sequences[f"{schema}.{name}"] = {"last_value": str(row[0]), "is_called": row[1]}
-    structure = {
-        kind: {name: digest(text or "")[:16] for name, text in connection.execute(query).fetchall()}
-        for kind, query in _STRUCTURE.items()
-    }
-    objects = connection.execute("SELECT count(*) FROM pg_largeobject_metadata").fetchone()
+    with _reading(connect, snapshot) as connection:
+        rows = connection.execute(_TABLES).fetchall()
+        sequences = dict(_sequence(connection, *row) for row in connection.execute(_SEQUENCES).fetchall())
+        structure = {
+            kind: {name: digest(text or "")[:16] for name, text in connection.execute(query).fetchall()}
+            for kind, query in _STRUCTURE.items()
+        }
+        objects = _one_row(connection, _LARGE_OBJECTS)
+        name, version, size_bytes = _one_row(connection, _SELF)
+        extensions = dict(connection.execute("SELECT extname, extversion FROM pg_extension ORDER BY 1").fetchall())
+        not_provable = [row[0] for row in connection.execute(_NOT_PROVABLE).fetchall()]
+    # Big ones first, each job its next one: the last to end is a small one.
+    left: deque[tuple[str, str]] = deque((schema, table) for schema, table, _ in sorted(rows, key=lambda r: -r[2]))
+    tables: dict[str, dict[str, Any]] = {}
+
+    def read() -> None:
+        while left:
+            with _reading(connect, snapshot) as session:
+                for _ in range(_TABLES_A_TRANSACTION):
+                    keep_on()
+                    try:
+                        schema, table = left.popleft()
+                    except IndexError:
+                        return
+                    counted = session.execute(sql.SQL(_COUNT).format(sql.Identifier(schema, table))).fetchone()
+                    assert counted is not None  # noqa: S101  # an aggregate has one row
+                    tables[f"{schema}.{table}"] = {"rows": counted[0], "content": digest(list(counted[1:]))[:32]}
+
+    with ThreadPoolExecutor(jobs, thread_name_prefix="inventory") as pool:
+        for done in [pool.submit(read) for _ in range(jobs)]:
+            done.result()
     return {
         "format": FORMAT,
-        "tables": tables,
+        "database": name,
+        "server_version": version,
+        "size_bytes": size_bytes,
+        "extensions": extensions,
+        "tables": dict(sorted(tables.items())),
         "sequences": sequences,
         "structure": structure,
-        "large_objects": objects[0] if objects else 0,
+        "large_objects": objects[0],
+        "large_objects_content": digest(list(objects[1:]))[:32],
+        "not_provable": not_provable,
     }
+
+
+def position(connection: psycopg.Connection[Any]) -> str:
+    """How far the server has written its log: an LSN. Taken before a snapshot, nothing in front of it is missing there."""
+    return str(_one_row(connection, _POSITION)[0])
+
+
+def written_since(connection: psycopg.Connection[Any], lsn: str) -> tuple[str, int]:
+    """Where the server's log stands now, and how many bytes it wrote since an LSN, of all databases together."""
+    now = position(connection)
+    row = connection.execute("SELECT pg_wal_lsn_diff(%s, %s)::bigint", (now, lsn)).fetchone()
+    assert row is not None  # noqa: S101
+    return now, int(row[0])
+
+
+@contextmanager
+def _reading(connect: Connect, snapshot: str | None) -> Iterator[psycopg.Connection[Any]]:
+    """A session whose one transaction sees one moment: its own beginning, or an exported snapshot."""
+    with contextlib.closing(connect()) as connection:
+        prepare(connection)
+        connection.autocommit = False
+        connection.isolation_level = IsolationLevel.REPEATABLE_READ
+        connection.read_only = True
+        if snapshot is not None:
+            connection.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
+        yield connection
+
+
+def _one_row(connection: psycopg.Connection[Any], query: LiteralString) -> tuple[Any, ...]:
+    row = connection.execute(query).fetchone()
+    assert row is not None  # noqa: S101
+    return tuple(row)
+
+
+def _sequence(connection: psycopg.Connection[Any], schema: str, name: str) -> tuple[str, dict[str, Any]]:
+    row = connection.execute(
+        sql.SQL("SELECT last_value, is_called FROM {}").format(sql.Identifier(schema, name))
+    ).fetchone()
+    assert row is not None  # noqa: S101
+    return f"{schema}.{name}", {"last_value": str(row[0]), "is_called": row[1]}
 
 
 def differences(source: Mapping[str, Any], restored: Mapping[str, Any]) -> list[str]:
@@ -143,6 +229,9 @@ def differences(source: Mapping[str, Any], restored: Mapping[str, Any]) -> list[
         found += [f"{kind}: {name} was not in the source" for name in there if name not in things]
     if source["large_objects"] != restored["large_objects"]:
         found.append(f"{restored['large_objects']} large objects instead of {source['large_objects']}")
+    elif source["large_objects_content"] != restored["large_objects_content"]:
+        found.append(f"the {source['large_objects']} large objects have other content")
+    found += [f"extension {name} is missing" for name in source["extensions"] if name not in restored["extensions"]]
     return found
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from runbook_lib.canonical import sha256_file
@@ -19,11 +22,16 @@ from runbook_lib.ports import Stored
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
 _BLOCK_BYTES = 1 << 20
-# Up to here one request with the checksum of the whole; above, parts, each with its own.
-_ONE_REQUEST_BYTES = 64 << 20
-_PART_BYTES = 64 << 20
+# Up to here one request with the checksum of the whole; above, parts, each with its own. The protocol counts to 10,000.
+_ONE_REQUEST_BYTES = 32 << 20
+_PART_BYTES = 16 << 20
+_MOST_PARTS = 9000
+_PARTS_AT_ONCE = 4
+# No step may take longer: parts that are older belong to an upload that nobody goes on with.
+_LEFT_OVER_S = 7 * 86400
 _DENIED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "AllAccessDisabled", "403")
 _MISSING = ("404", "NoSuchKey", "NoSuchVersion", "NotFound")
 
@@ -36,6 +44,13 @@ class S3Store:
         endpoint: None for Amazon's own.
         profile: of the credentials file.
         credentials_file: in the form of ~/.aws/credentials; None for the machine's own way to credentials.
+        encryption: `AES256` or `aws:kms`, done by the store; None for what the bucket does by itself.
+        kms_key: for `aws:kms`; None for the store's own.
+        retain_days: how long nobody may remove what is put with `retain`; 0 for no such lock.
+        retain_mode: `GOVERNANCE` or `COMPLIANCE`.
+
+    Attributes:
+        sent_bytes: what this object has stored so far.
     """
 
     bucket: str
@@ -44,10 +59,15 @@ class S3Store:
     region: str = "us-east-1"
     profile: str = "default"
     credentials_file: str | None = None
+    encryption: str | None = None
+    kms_key: str | None = None
+    retain_days: int = 0
+    retain_mode: str = "GOVERNANCE"
+    sent_bytes: int = field(default=0, init=False)
     _known: S3Client | None = field(default=None, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
-    def put(self, path: Path, key: str, *, sha256: str) -> Stored:
+    def put(self, path: Path, key: str, *, sha256: str, retain: bool = False) -> Stored:
         """See `ports.ObjectStore`.
 
         Raises:
@@ -62,7 +82,7 @@ class S3Store:
                 f"{path} has sha256 {found}, expected {sha256}", remedy="the local file changed: back up again"
             )
         with self._answering(key):
-            self._put_new(path, key, sha256)
+            self._put_new(path, key, sha256, self._wanted(retain=retain))
         stored = self._version_with(key, sha256, path.stat().st_size)
         if stored is None:
             raise StepFailedError(
@@ -98,26 +118,43 @@ class S3Store:
             while block := body.read(_BLOCK_BYTES):
                 yield block
 
+    def versioned(self) -> bool:
+        """See `ports.ObjectStore`."""
+        with self._answering(""):
+            return self._client.get_bucket_versioning(Bucket=self.bucket).get("Status") == "Enabled"
+
     def used_bytes(self) -> int:
         """See `ports.ObjectStore`."""
         with self._answering(""):
             pages = self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket)
             return sum(int(version["Size"]) for page in pages for version in page.get("Versions", []))
 
-    def _put_new(self, path: Path, key: str, sha256: str) -> None:
+    def _wanted(self, *, retain: bool) -> dict[str, Any]:
+        """What a request says besides its content."""
+        wanted: dict[str, Any] = {}
+        if self.encryption is not None:
+            wanted["ServerSideEncryption"] = self.encryption
+        if self.kms_key is not None:
+            wanted["SSEKMSKeyId"] = self.kms_key
+        if retain and self.retain_days:
+            until = datetime.now(UTC) + timedelta(days=self.retain_days)
+            wanted |= {"ObjectLockMode": self.retain_mode, "ObjectLockRetainUntilDate": until}
+        return wanted
+
+    def _put_new(self, path: Path, key: str, sha256: str, wanted: dict[str, Any]) -> None:
         """Store under a key that is free; the store itself refuses one that another process was quicker to take."""
         from botocore.exceptions import ClientError
 
         try:
             if path.stat().st_size <= _ONE_REQUEST_BYTES:
-                self._put_whole(path, key, sha256)
+                self._put_whole(path, key, sha256, wanted)
             else:
-                self._put_parts(path, key, sha256)
+                self._put_parts(path, key, sha256, wanted)
         except ClientError as error:
             if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 412:
                 raise
 
-    def _put_whole(self, path: Path, key: str, sha256: str) -> None:
+    def _put_whole(self, path: Path, key: str, sha256: str, wanted: dict[str, Any]) -> None:
         checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
         with path.open("rb") as body:
             self._client.put_object(
@@ -127,38 +164,71 @@ class S3Store:
                 ChecksumSHA256=checksum,
                 Metadata={"sha256": sha256},
                 IfNoneMatch="*",
+                **wanted,
             )
+        self._count(path.stat().st_size)
 
-    def _put_parts(self, path: Path, key: str, sha256: str) -> None:
+    def _put_parts(self, path: Path, key: str, sha256: str, wanted: dict[str, Any]) -> None:
         s3, name = self._client, self._full(key)
         self._forget_half_uploads(name)
         upload = s3.create_multipart_upload(
-            Bucket=self.bucket, Key=name, ChecksumAlgorithm="SHA256", Metadata={"sha256": sha256}
+            Bucket=self.bucket, Key=name, ChecksumAlgorithm="SHA256", Metadata={"sha256": sha256}, **wanted
         )["UploadId"]
-        parts: list[Any] = []
-        with path.open("rb") as file:
-            while block := file.read(_PART_BYTES):
-                checksum = base64.b64encode(hashlib.sha256(block).digest()).decode()
-                number = len(parts) + 1
-                done = s3.upload_part(
-                    Bucket=self.bucket,
-                    Key=name,
-                    UploadId=upload,
-                    PartNumber=number,
-                    Body=block,
-                    ChecksumSHA256=checksum,
-                )
-                parts.append({"PartNumber": number, "ETag": done["ETag"], "ChecksumSHA256": checksum})
-        s3.complete_multipart_upload(
-            Bucket=self.bucket, Key=name, UploadId=upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
-        )
+        size = path.stat().st_size
+        part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
+        try:
+            with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
+                sent = [
+                    pool.submit(self._put_part, path, name, upload, number, start, part_bytes)
+                    for number, start in enumerate(range(0, size, part_bytes), 1)
+                ]
+                try:
+                    parts = [part.result() for part in sent]
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+            s3.complete_multipart_upload(
+                Bucket=self.bucket, Key=name, UploadId=upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
+            )
+        except BaseException:
+            with contextlib.suppress(Exception):  # the next upload looks for what is left
+                s3.abort_multipart_upload(Bucket=self.bucket, Key=name, UploadId=upload)
+            raise
+
+    def _put_part(self, path: Path, name: str, upload: str, number: int, start: int, size: int) -> CompletedPartTypeDef:
+        from s3transfer.utils import ReadFileChunk
+
+        # Read from the disk as it is sent: nothing of a part stays in memory, however big it is.
+        with ReadFileChunk.from_filename(str(path), start, size) as body:
+            digest = hashlib.sha256()
+            while block := body.read(_BLOCK_BYTES):
+                digest.update(block)
+            body.seek(0)
+            checksum = base64.b64encode(digest.digest()).decode()
+            done = self._client.upload_part(
+                Bucket=self.bucket,
+                Key=name,
+                UploadId=upload,
+                PartNumber=number,
+                Body=cast("IO[bytes]", body),
+                ChecksumSHA256=checksum,
+            )
+        self._count(size)
+        return {"PartNumber": number, "ETag": done["ETag"], "ChecksumSHA256": checksum}
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self.sent_bytes += size
 
     def _forget_half_uploads(self, name: str) -> None:
         """Parts of an upload that was killed cost storage and are seen by nobody."""
-        listed = self._client.list_multipart_uploads(Bucket=self.bucket, Prefix=name)
-        for upload in listed.get("Uploads", []):
-            if upload.get("Key") == name:
-                self._client.abort_multipart_upload(Bucket=self.bucket, Key=name, UploadId=upload["UploadId"])
+        oldest = datetime.now(UTC) - timedelta(seconds=_LEFT_OVER_S)
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(
+            Bucket=self.bucket, Prefix=f"{self.prefix.strip('/')}/"
+        )
+        for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
+            if upload["Key"] == name or upload["Initiated"] < oldest:
+                self._client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
     def _version_with(self, key: str, sha256: str, size_bytes: int) -> Stored | None:
         """The newest version that holds this content, among all versions of the key."""
@@ -187,8 +257,14 @@ class S3Store:
             if error.response.get("Error", {}).get("Code") in _MISSING:
                 return None
             raise
+        until = said.get("ObjectLockRetainUntilDate")
         return Stored(
-            key, said.get("VersionId") or "null", said["ContentLength"], said.get("Metadata", {}).get("sha256")
+            key,
+            said.get("VersionId") or "null",
+            said["ContentLength"],
+            said.get("Metadata", {}).get("sha256"),
+            encryption=said.get("ServerSideEncryption"),
+            retained_until=until.astimezone(UTC).isoformat(timespec="seconds") if until is not None else None,
         )
 
     @property

@@ -1,18 +1,68 @@
-"""An application's files: list them with digests where they lie, archive them as one stream, read that back."""
+"""An application's files: list them with digests where they lie, and archive them as one stream with its digest."""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import posixpath
-import tarfile
+import re
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
 from runbook_lib.model import Command
 
-_BLOCK_BYTES = 1 << 20
+# Streams an archive and tells its digest as it left the host, on standard error. The archiver's exit status is the
+# script's own; 90 says that the digest could not be taken or the stream could not be passed on.
+_STREAM = """
+set -u
+folder=$(mktemp -d) && mkfifo "$folder/copy" || exit 90
+trap 'rm -rf "$folder"' EXIT
+trap 'exit 90' HUP INT TERM
+sha256sum < "$folder/copy" > "$folder/digest" &
+{ "$@"; echo $? > "$folder/status"; } | tee "$folder/copy"
+passed=$?
+wait $! || exit 90
+[ $passed -eq 0 ] || exit 90
+read -r digest rest < "$folder/digest" && read -r status < "$folder/status" || exit 90
+echo "runbook-stream-sha256 $digest" >&2
+exit "$status"
+"""
+_STREAMED = re.compile(r"^runbook-stream-sha256 ([0-9a-f]{64})$", re.MULTILINE)
+CHANGED = 1  # tar's exit status for "file changed as we read it"
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How an archive is compressed.
+
+    Args:
+        program: `gzip` or `zstd`.
+        level: of the program; None for its own default.
+        threads: for zstd; 0 for as many as the host has cores.
+    """
+
+    program: str
+    level: int | None = None
+    threads: int = 0
+
+    @property
+    def suffix(self) -> str:
+        """How the archive's name ends."""
+        return SUFFIXES[self.program]
+
+    @property
+    def words(self) -> str:
+        """The compressor as tar starts it."""
+        level = [] if self.level is None else [f"-{self.level}"]
+        return " ".join([self.program, *level, *([f"-T{self.threads}"] if self.program == "zstd" else [])])
+
+
+SUFFIXES = {"zstd": ".tar.zst", "gzip": ".tgz"}
+
+
+def has_zstd() -> Command:
+    """Tell by exit status 0 whether zstd is there."""
+    return Command(("sh", "-c", "command -v zstd"), timeout_s=60.0, ok_exits=(0, 1, 127))
 
 
 def manifest(files: Sequence[str], *, into: Path, timeout_s: float) -> Command:
@@ -36,12 +86,33 @@ def parse_manifest(data: bytes) -> dict[str, str]:
             digest, mark, path = entry[:64].decode("ascii"), entry[64:66], entry[66:]
             if mark not in (b"  ", b" *") or not path:
                 raise ValueError(f"not a line of sha256sum: {entry[:80]!r}")
-            found[_clean(path.decode(errors="surrogateescape"))] = digest
+            found[clean(path.decode(errors="surrogateescape"))] = digest
     return found
 
 
-def create(files: Sequence[str], *, known: Mapping[str, str], into: Path, timeout_s: float) -> Command:
-    """Stream the files as a gzipped tar.
+def stamps(files: Sequence[str], *, into: Path, timeout_s: float) -> Command:
+    """Print what changes with any write to a file: its size, both times and its inode; contents are not read."""
+    stamp = "%p\\0%s %T@ %C@ %i\\0"
+    argv = ("find", "-H", *map(_named, files), "-type", "f", "-printf", stamp)
+    return Command(argv, timeout_s=timeout_s, stdout=into)
+
+
+def parse_stamps(data: bytes) -> dict[str, str]:
+    """Path → stamp.
+
+    Raises:
+        ValueError: the list was cut.
+    """
+    words = data.split(b"\0")
+    if words.pop() or len(words) % 2:
+        raise ValueError("it ends in the middle of an entry")
+    return {clean(words[i].decode(errors="surrogateescape")): words[i + 1].decode() for i in range(0, len(words), 2)}
+
+
+def create(
+    files: Sequence[str], *, known: Mapping[str, str], packing: Packing, into: Path, timeout_s: float
+) -> Command:
+    """Stream the files as a compressed tar, its digest on standard error.
 
     `X/.` archives the folder behind a link named X. Exit 1 is tar's "changed as we read it": the digests decide.
     """
@@ -49,7 +120,7 @@ def create(files: Sequence[str], *, known: Mapping[str, str], into: Path, timeou
     argv = (
         "tar",
         "--create",
-        "--gzip",
+        f"--use-compress-program={packing.words}",
         "--file=-",
         "--sort=name",
         "--numeric-owner",
@@ -57,7 +128,13 @@ def create(files: Sequence[str], *, known: Mapping[str, str], into: Path, timeou
         "--",
         *named,
     )
-    return Command(argv, timeout_s=timeout_s, stdout=into, ok_exits=(0, 1))
+    return Command(("sh", "-c", _STREAM, "sh", *argv), timeout_s=timeout_s, stdout=into, ok_exits=(0, CHANGED))
+
+
+def streamed_sha256(said: str) -> str:
+    """The digest of the stream as it left the host; empty when the host did not come to say it."""
+    found = _STREAMED.findall(said)
+    return found[-1] if found else ""
 
 
 def size(files: Sequence[str]) -> Command:
@@ -71,31 +148,9 @@ def parse_size(said: str) -> int:
     return sum(int(word) for word in words if word.isdigit())
 
 
-def contents(archive: Path) -> dict[str, str]:
-    """Path → sha256 of every file in an archive, read to its last byte.
-
-    Raises:
-        tarfile.TarError, EOFError, OSError, zlib.error: it is damaged or cut.
-    """
-    found = {}
-    # tarfile's own "r|gz" neither checks gzip's checksum nor reads past the last member: gzip itself does both.
-    with gzip.open(archive) as stream:
-        with tarfile.open(fileobj=stream, mode="r|", errorlevel=2) as tar:
-            for member in tar:
-                file = tar.extractfile(member) if member.isfile() else None
-                if file is not None:
-                    digest = hashlib.sha256()
-                    while block := file.read(_BLOCK_BYTES):
-                        digest.update(block)
-                    found[_clean(member.name)] = digest.hexdigest()
-        while stream.read(_BLOCK_BYTES):
-            pass
-    return found
-
-
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What an archive holds against what its host held before and after."""
+    """What an archive holds against what its host held."""
 
     missing: tuple[str, ...]
     differing: tuple[str, ...]
@@ -107,21 +162,35 @@ class Comparison:
         return not self.missing and not self.differing
 
 
-def compare(before: Mapping[str, str], archived: Mapping[str, str], after: Mapping[str, str]) -> Comparison:
+def compare(known: Mapping[str, str], archived: Mapping[str, str], moving: AbstractSet[str]) -> Comparison:
     """Compare an archive with its source; files that changed while they were read are named, not failed.
 
     A live host goes on writing: only a file that was the same before and after must be the same in between.
+
+    Args:
+        known: path → sha256 as the host read them.
+        archived: the same of the archive.
+        moving: the paths whose stamps before and after differ.
     """
-    missing, differing, moving = [], [], []
-    for path in sorted({*before, *archived, *after}):
-        digest, was, is_now = archived.get(path), before.get(path), after.get(path)
-        if was != is_now:
-            moving.append(path)
-        elif digest is None:
+    missing, differing = [], []
+    for path in sorted({*known, *archived} - moving):
+        digest = archived.get(path)
+        if digest is None:
             missing.append(path)
-        elif was is not None and digest != was:
+        elif digest != known.get(path):
             differing.append(path)
-    return Comparison(tuple(missing), tuple(differing), tuple(moving))
+    return Comparison(tuple(missing), tuple(differing), tuple(sorted(moving)))
+
+
+def moved(before: Mapping[str, str], after: Mapping[str, str]) -> frozenset[str]:
+    """The paths that came, went or were written to between two lists of stamps."""
+    return frozenset(path for path in {*before, *after} if before.get(path) != after.get(path))
+
+
+def clean(path: str) -> str:
+    """One spelling of a name for find and tar; bytes that are no UTF-8 become visible escapes, as JSON needs."""
+    text = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return posixpath.normpath(text).lstrip("/")
 
 
 def _named(name: str) -> str:
@@ -129,11 +198,5 @@ def _named(name: str) -> str:
     return name if name.startswith(("/", ".")) else f"./{name}"
 
 
-def _clean(path: str) -> str:
-    """One spelling of a name for find and tar; bytes that are no UTF-8 become visible escapes, as JSON needs."""
-    text = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    return posixpath.normpath(text).lstrip("/")
-
-
 def _is_folder(name: str, known: Mapping[str, str]) -> bool:
-    return _clean(name) not in known
+    return clean(name) not in known

@@ -53,7 +53,64 @@ def major(said: str) -> int:
     return int(found[1]) if found else 0
 
 
-def dump(server: Server, role: str, dbname: str, *, snapshot: str, into: Path, timeout_s: float) -> Command:
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How a dump is compressed.
+
+    Args:
+        own: what pg_dump's --compress is given; None for its own default.
+        zstd: the words of the zstd program behind it, empty for none.
+    """
+
+    own: str | None
+    zstd: tuple[str, ...] = ()
+
+    @property
+    def suffix(self) -> str:
+        """How the dump's name ends."""
+        return SUFFIXES[1] if self.zstd else SUFFIXES[0]
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return " ".join(self.zstd) if self.zstd else f"pg_dump --compress={self.own or 'default'}"
+
+
+SUFFIXES = (".dump", ".dump.zst")
+_JOBS_REFUSED = "parallel backup only supported"
+
+
+def packs_with(method: str) -> Command:
+    """Ask pg_dump whether it knows a compression, without any server; see `can_pack`.
+
+    What it refuses last is the number of jobs, which a custom format cannot have: whoever comes to that knows the method.
+    """
+    argv = ("pg_dump", "--format=custom", "--jobs=2", f"--compress={method}", f"--file={os.devnull}")
+    return Command(argv, timeout_s=20.0, ok_exits=(0, 1))
+
+
+def can_pack(said: str) -> bool:
+    """What pg_dump answered to `packs_with`."""
+    return _JOBS_REFUSED in said
+
+
+# The exit status is pg_dump's own when that failed, else the compressor's.
+_PIPED = """
+set -u
+folder=$(mktemp -d) || exit 90
+trap 'rm -rf "$folder"' EXIT
+packer=$1; shift
+{ "$@"; echo $? > "$folder/status"; } | $packer
+packed=$?
+read -r status < "$folder/status" || exit 90
+[ "$status" -eq 0 ] || exit "$status"
+exit $packed
+"""
+
+
+def dump(
+    server: Server, role: str, dbname: str, *, snapshot: str, packing: Packing, into: Path, timeout_s: float
+) -> Command:
     """Dump the database as it stands in an exported snapshot.
 
     --lock-wait-timeout: a dump that queues behind somebody's lock fails after 30 s instead of waiting unseen.
@@ -65,9 +122,23 @@ def dump(server: Server, role: str, dbname: str, *, snapshot: str, into: Path, t
         "--no-owner",
         f"--snapshot={snapshot}",
         "--lock-wait-timeout=30000",
+        *(() if packing.own is None else (f"--compress={packing.own}",)),
         *server.arguments(role, dbname),
-        f"--file={into}",
     )
+    if not packing.zstd:
+        return Command((*argv, f"--file={into}"), timeout_s=timeout_s, env=server.env())
+    piped = ("sh", "-c", _PIPED, "sh", " ".join(packing.zstd), *argv)
+    return Command(piped, timeout_s=timeout_s, env=server.env(), stdout=into)
+
+
+def unpack(dump_file: Path, *, into: Path, timeout_s: float) -> Command:
+    """Unpack a dump that the zstd program packed; it checks every byte."""
+    return Command(("zstd", "-qdc", "--", str(dump_file)), timeout_s=timeout_s, stdout=into)
+
+
+def globals_(server: Server, role: str, dbname: str, *, into: Path, timeout_s: float) -> Command:
+    """Write the roles, without their passwords, and the tablespaces of the whole server as SQL."""
+    argv = ("pg_dumpall", "--globals-only", "--no-role-passwords", *server.arguments(role, dbname), f"--file={into}")
     return Command(argv, timeout_s=timeout_s, env=server.env())
 
 
@@ -86,7 +157,19 @@ def read_through(dump_file: Path, *, timeout_s: float) -> Command:
     return Command(("pg_restore", f"--file={os.devnull}", str(dump_file)), timeout_s=timeout_s)
 
 
-def restore(server: Server, role: str, dbname: str, dump_file: Path, *, timeout_s: float) -> Command:
-    """Restore into an empty database; the first error ends it."""
-    argv = ("pg_restore", "--exit-on-error", "--no-acl", "--no-owner", *server.arguments(role, dbname), str(dump_file))
-    return Command(argv, timeout_s=timeout_s, env=server.env())
+def restore(server: Server, role: str, dbname: str, dump_file: Path, *, timeout_s: float, jobs: int = 1) -> Command:
+    """Restore into an empty database, several tables and indexes at a time; the first error ends it.
+
+    The database is dropped after its proof: nobody waits for its commits to be on disk.
+    """
+    argv = (
+        "pg_restore",
+        "--exit-on-error",
+        "--no-acl",
+        "--no-owner",
+        f"--jobs={jobs}",
+        *server.arguments(role, dbname),
+        str(dump_file),
+    )
+    env = {**server.env(), "PGOPTIONS": "-c synchronous_commit=off -c maintenance_work_mem=128MB"}
+    return Command(argv, timeout_s=timeout_s, env=env)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from runbook_lib import backup_files as on_disk
-from runbook_lib import restore
-from runbook_lib.adapters import inventory
+from runbook_lib import progress, restore
+from runbook_lib.adapters import archives, inventory
 from runbook_lib.canonical import canonical_json, sha256, sha256_file, write_atomically
 from runbook_lib.clock import Moment, utc_now
 from runbook_lib.commands import archive_files as files
 from runbook_lib.commands import postgres
 from runbook_lib.errors import PausedError, StepFailedError
 from runbook_lib.gate import gate_step
-from runbook_lib.model import Recovery, StepResult
+from runbook_lib.model import Command, Recovery, StepResult
 from runbook_lib.phases import prepare
 from runbook_lib.run import Run
 from runbook_lib.step import current_attempt, step
@@ -71,39 +74,63 @@ def _(run: Run) -> list[tuple[str, ...]]:
     expected_s=2.0,
     way_back="the archive is kept",
     each=_hosts,
+    limit=lambda run: run.params.backup.parallel,
 )
 def archive_files(run: Run, host: str) -> StepResult:
-    """Stream the host's files here as one archive and compare each with its source."""
-    final = on_disk.archive_path(run, host)
-    finished = on_disk.finished(run, final)
-    if finished is not None:
-        return finished
+    """Stream the host's files here as one archive; its digest and each file's must be those of the source."""
+    found = _finished_archive(run, host)
+    if found is not None:
+        return found
+    began = time.monotonic()
+    packed = on_disk.packing(run, host)
+    paths = on_disk.archive_paths(run, host)
+    on_disk.fresh_parts(paths.values())
+    final = paths[packed.program]
     part = on_disk.fresh_part(final)
     try:
-        before = on_disk.source_manifest(run, host, "before")
-        if not before:
+        before = on_disk.source_stamps(run, host, "before")
+        known = on_disk.source_manifest(run, host)
+        if not known:
             raise StepFailedError(
                 f"{host} has no file in {', '.join(run.params.all_hosts[host].files)}",
                 remedy=f"mend hosts.{host}.files",
             )
-        run.services.shell.run(on_disk.tar_of(run, host, before, part), name=f"tar-{host}")
+        with progress.told(run.scratch, f"archive of {host}", lambda: part.stat().st_size, total=_foretold(run, host)):
+            tar = run.services.shell.run(on_disk.tar_of(run, host, known, packed, part), name=f"tar-{host}")
         on_disk.sync(part)
-        archived = on_disk.contents_of(part)
-        after = on_disk.source_manifest(run, host, "after")
-        compared = files.compare(before, archived, after)
+        sent = files.streamed_sha256(tar.output)
+        archived = archives.read(part)
+        if sent != archived.sha256:
+            raise StepFailedError(
+                f"the archive of {host} left it with sha256 {sent or 'unknown'} and is {archived.sha256} here",
+                remedy=f"runbook resume {run.run_id} archives again; when it stays, look at the network and the disk",
+            )
+        compared = files.compare(known, archived.files, files.moved(before, on_disk.source_stamps(run, host, "after")))
         if not compared.proved:
             raise StepFailedError(
                 f"the archive of {host} is not its source: {len(compared.missing)} files missing, "
                 f"{len(compared.differing)} differ ({', '.join((*compared.missing, *compared.differing)[:3])})",
                 remedy=f"runbook resume {run.run_id} archives again; when it stays, look at the disks",
             )
-        listing = {"host": host, "files": archived, "changed_while_archived": list(compared.moving)}
+        if (compared.moving or tar.exit_code == files.CHANGED) and _nobody_may_write(run):
+            raise StepFailedError(
+                f"files of {host} changed while they were archived, in read-only mode: "
+                f"{', '.join(compared.moving[:3]) or tar.tail(3)}",
+                remedy="find out who writes there, then resume",
+            )
+        listing = {"host": host, "files": archived.files, "changed_while_archived": list(compared.moving)}
         kept = run.keep(f"backup/files-{host}.json", canonical_json(listing))
+        duration_s = time.monotonic() - began
         facts = {
             "file": str(final),
             "bytes": part.stat().st_size,
-            "sha256": sha256_file(part),
-            "files": len(archived),
+            "sha256": archived.sha256,
+            "sha256 at source": sent,
+            "files": len(archived.files),
+            "plain bytes": archived.plain_bytes,
+            "packed by": packed.words,
+            "duration_s": round(duration_s, 3),
+            "throughput": f"{archived.plain_bytes / duration_s / 1e6:.1f} MB/s",
             "changed while archived": list(compared.moving[:_MOST_SHOWN]),
         }
         result = StepResult(facts=facts, artifacts=(kept,))
@@ -114,20 +141,50 @@ def archive_files(run: Run, host: str) -> StepResult:
     return result
 
 
+def _foretold(run: Run, host: str = "") -> int | None:
+    """How big the archive of a host, or without one the dump, was the last time."""
+    key = archive_files.key(host) if host else dump_database.key()
+    before = (s.fact(key, "bytes") for s in run.ledger.runs(run.release.environment) if s.run_id != run.run_id)
+    return next((int(size) for size in before if size), None)
+
+
+def _nobody_may_write(run: Run) -> bool:
+    """True while this run's read-only mode is on."""
+    state = run.state
+    lifted = ("complete.lift_maintenance", "rollback.lift_fence_and_maintenance")
+    return state.green("begin.enable_maintenance") and not any(state.green(key) for key in lifted)
+
+
+def _finished_archive(run: Run, host: str) -> StepResult | None:
+    results = (on_disk.finished(run, path) for path in on_disk.archive_paths(run, host).values())
+    return next((result for result in results if result is not None), None)
+
+
 @archive_files.probe
 def _(run: Run, host: str, intent: Mapping[str, Any]) -> StepResult | None:
-    return on_disk.finished(run, on_disk.archive_path(run, host))
+    return _finished_archive(run, host)
 
 
 @archive_files.plan
 def _(run: Run) -> list[tuple[str, ...]]:
     shown: list[tuple[str, ...]] = []
+    packed = _planned_packing(run)
     for host in _hosts(run):
-        part = on_disk.archive_path(run, host).with_suffix(".tgz.part")
+        part = on_disk.part_of(_planned_archive(run, host))
         named = run.params.all_hosts[host].files
         manifest = files.manifest(named, into=part, timeout_s=run.params.backup.timeout_s)
-        shown += [run.services.hosts[host].command(manifest).argv, on_disk.tar_of(run, host, {}, part).argv]
+        shown += [run.services.hosts[host].command(manifest).argv, on_disk.tar_of(run, host, {}, packed, part).argv]
     return shown
+
+
+def _planned_packing(run: Run) -> files.Packing:
+    """What a plan takes for granted: that both ends have zstd, unless params want gzip."""
+    wanted = run.params.backup.archive
+    return files.Packing("gzip" if wanted.compression == "gzip" else "zstd", wanted.level, wanted.threads)
+
+
+def _planned_archive(run: Run, host: str) -> Path:
+    return on_disk.archive_paths(run, host)[_planned_packing(run).program]
 
 
 @step(
@@ -139,54 +196,87 @@ def _(run: Run) -> list[tuple[str, ...]]:
     way_back="the dump is kept",
 )
 def dump_database(run: Run) -> StepResult:
-    """pg_dump from an exported snapshot, with an inventory of exactly what that snapshot held."""
-    database, params = run.services.database, run.params.database
-    final = on_disk.dump_path(run)
-    finished = on_disk.finished(run, final)
-    if finished is not None:
-        return finished
+    """pg_dump from an exported snapshot, with an inventory of exactly what that snapshot held, and the server's roles."""
+    params, paths = run.params.database, on_disk.dump_paths(run)
+    found = _finished_dump(run)
+    if found is not None:
+        return found
+    began = time.monotonic()
+    packing = on_disk.dump_packing(run)
+    on_disk.fresh_parts(paths.values())
+    final = paths[packing.suffix]
     part = on_disk.fresh_part(final)
     try:
-        with database.connect(
+        with run.services.database.connect(
             params.backup_role, params.production, application=f"{run.session_name}: snapshot"
         ) as connection:
             _refuse_older_tool(run, connection.info.server_version)
-            restore.begin_snapshot(connection)
-            row = connection.execute("SELECT pg_export_snapshot()").fetchone()
-            assert row is not None  # noqa: S101  # a function call has one row
-            taken_at = utc_now()
-            source = inventory.take(connection)
-            # Before the dump starts: a dump that outlives this process is worth something only with it.
-            _note(run, {"taken_at": taken_at, "inventory": source})
-            run.services.shell.run(_dump(run, row[0], part), name="pg_dump")
-        return _adopt_dump(run, part, final, source, taken_at)
+            snapshot = restore.export_snapshot(connection)
+            known: dict[str, Any] = {"taken_at": utc_now(), "lsn": snapshot.lsn, "packed_by": packing.words}
+            command = _dump(run, snapshot.name, packing, part)
+            with (
+                progress.told(run.scratch, "dump", lambda: part.stat().st_size, total=_foretold(run)),
+                ThreadPoolExecutor(1) as pool,
+            ):
+                dumping = pool.submit(copy_context().run, run.services.shell.run, command, name="pg_dump")
+                known["inventory"] = _take_inventory(run, snapshot.name, dumping)
+                # A dump that outlives this process is worth something only with it.
+                _note(run, known)
+                dumping.result()
+        return _adopt_dump(run, part, final, known, time.monotonic() - began)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
 
 
+def _take_inventory(run: Run, snapshot: str, dumping: Future[Any]) -> dict[str, Any]:
+    params = run.params.database
+
+    def session() -> Any:
+        return run.services.database.connect(
+            params.backup_role, params.production, application=f"{run.session_name}: inventory"
+        )
+
+    def keep_on() -> None:
+        if dumping.done():
+            dumping.result()  # when the dump failed, nobody needs an inventory
+
+    return inventory.take(session, snapshot=snapshot, jobs=run.params.backup.jobs, keep_on=keep_on)
+
+
+def _finished_dump(run: Run) -> StepResult | None:
+    results = (on_disk.finished(run, path) for path in on_disk.dump_paths(run).values())
+    return next((result for result in results if result is not None), None)
+
+
 @dump_database.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    final = on_disk.dump_path(run)
-    found = on_disk.finished(run, final)
+    found = _finished_dump(run)
     if found is not None:
         return found
     # The executor is gone, pg_dump went on without it: its exit status says whether the dump is whole.
     status = run.folder / intent["children"] / "pg_dump.exit"
-    note, part = on_disk.scratch(run) / "dump-inventory.json", on_disk.part_of(final)
-    if status.exists() and status.read_text().strip() == "0" and part.exists() and note.exists():
+    note = on_disk.scratch(run) / "dump-inventory.json"
+    paths = on_disk.dump_paths(run).values()
+    final = next((path for path in paths if on_disk.part_of(path).exists()), None)
+    if final is not None and status.exists() and status.read_text().strip() == "0" and note.exists():
         known = json.loads(note.read_bytes())
         if known["attempt"] == intent["attempt"]:
-            return _adopt_dump(run, part, final, known["inventory"], known["taken_at"])
-    part.unlink(missing_ok=True)
+            return _adopt_dump(run, on_disk.part_of(final), final, known, 0.0)
+    on_disk.fresh_parts(paths)
     return None
 
 
 @dump_database.plan
 def _(run: Run) -> list[tuple[str, ...]]:
+    wanted = run.params.backup.dump
+    packing = postgres.Packing({"gzip": None, "none": "0"}.get(wanted.compression, f"zstd:{wanted.level or 1}"))
+    part = on_disk.part_of(on_disk.dump_paths(run)[packing.suffix])
+    globals_ = run.folder / "artifacts/backup/globals.sql"
     return [
         ("call", "pg_export_snapshot, inventory"),
-        _dump(run, "SNAPSHOT", on_disk.part_of(on_disk.dump_path(run))).argv,
+        _dump(run, "SNAPSHOT", packing, part).argv,
+        _globals(run, globals_).argv,
     ]
 
 
@@ -195,15 +285,23 @@ def _server(run: Run) -> postgres.Server:
     return postgres.Server(params.host, params.port, params.passfile)
 
 
-def _dump(run: Run, snapshot: str, part: Path) -> Any:
+def _dump(run: Run, snapshot: str, packing: postgres.Packing, part: Path) -> Command:
     params = run.params.database
     return postgres.dump(
         _server(run),
         params.backup_role,
         params.production,
         snapshot=snapshot,
+        packing=packing,
         into=part,
         timeout_s=run.params.backup.timeout_s,
+    )
+
+
+def _globals(run: Run, into: Path) -> Command:
+    params = run.params.database
+    return postgres.globals_(
+        _server(run), params.backup_role, params.maintenance, into=into, timeout_s=run.params.backup.timeout_s
     )
 
 
@@ -225,23 +323,38 @@ def _note(run: Run, content: Mapping[str, Any]) -> None:
     )
 
 
-def _adopt_dump(run: Run, part: Path, final: Path, source: Mapping[str, Any], taken_at: str) -> StepResult:
+def _adopt_dump(run: Run, part: Path, final: Path, known: Mapping[str, Any], duration_s: float) -> StepResult:
+    """Give a dump that pg_dump ended well its name, with its inventory and the server's roles beside it.
+
+    Args:
+        known: what `_note` keeps.
+        duration_s: of the dump and its inventory; 0 for a dump that went on by itself.
+    """
     if part.stat().st_size == 0:
         raise StepFailedError(f"pg_dump wrote nothing into {part}", remedy="look at its log, then resume")
     on_disk.sync(part)
-    kept = run.keep("backup/inventory.json", canonical_json({"taken_at": taken_at, **source}))
-    result = StepResult(
-        facts={
-            "file": str(final),
-            "bytes": part.stat().st_size,
-            "sha256": sha256_file(part),
-            "tables": len(source["tables"]),
-            "rows": inventory.rows(source),
-            "taken at": taken_at,
-            "loss window": f"a restore loses what is written after {taken_at}",
-        },
-        artifacts=(kept,),
-    )
+    source, taken_at, lsn = known["inventory"], known["taken_at"], known["lsn"]
+    kept = run.keep("backup/inventory.json", canonical_json({"taken_at": taken_at, "lsn": lsn, **source}))
+    globals_ = on_disk.scratch(run) / "globals.sql"
+    run.services.shell.run(_globals(run, globals_), name="pg_dumpall")
+    roles = run.keep("backup/globals.sql", globals_.read_bytes())
+    facts = {
+        "file": str(final),
+        "bytes": part.stat().st_size,
+        "sha256": sha256_file(part),
+        "database bytes": source["size_bytes"],
+        "packed by": known["packed_by"],
+        "server": source["server_version"],
+        "tables": len(source["tables"]),
+        "rows": inventory.rows(source),
+        "taken at": taken_at,
+        "lsn": lsn,
+        "duration_s": round(duration_s, 3),
+        "throughput": f"{source['size_bytes'] / duration_s / 1e6:.1f} MB/s" if duration_s else "unknown",
+        "not provable": source["not_provable"],
+        "loss window": f"a restore loses what is written after {taken_at}, LSN {lsn}",
+    }
+    result = StepResult(facts=facts, artifacts=(kept, roles))
     on_disk.finish(run, part, final, result)
     return result
 
@@ -264,13 +377,14 @@ def validate_backup(run: Run) -> StepResult:
             scratch=scratch_database(run),
             shell=run.services.shell,
             timeout_s=run.params.backup.timeout_s,
+            jobs=run.params.backup.jobs,
         ),
         "archives": {},
     }
     problems = list(report["dump"]["differences"])
     for host in _hosts(run):
         listed = json.loads((run.folder / "artifacts" / f"backup/files-{host}.json").read_bytes())["files"]
-        found = on_disk.contents_of(on_disk.archive_path(run, host))
+        found = archives.read(on_disk.archive_path(run, host)).files
         wrong = sorted(name for name in {*listed, *found} if listed.get(name) != found.get(name))
         report["archives"][host] = {"files": len(found), "wrong": wrong}
         problems += [f"{host}: {name} is not what was archived" for name in wrong]
@@ -281,6 +395,7 @@ def validate_backup(run: Run) -> StepResult:
         "rows compared": inventory.rows(source),
         "files compared": sum(archive["files"] for archive in report["archives"].values()),
         "restore took": f"{report['dump']['restore_s']:.1f} s",
+        "not covered": report["dump"]["not_provable"],
         "differences": problems[:_MOST_SHOWN],
     }
     if problems:
@@ -297,18 +412,22 @@ def validate_backup(run: Run) -> StepResult:
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
     # What a killed proof leaves is its scratch database; a proof is whole or it is made again.
     scratch_database(run).drop()
+    for left in Path(run.params.backup.directory).glob(f"{run.run_id}*.plain.part"):
+        left.unlink()
     return None
 
 
 @validate_backup.plan
 def _(run: Run) -> list[tuple[str, ...]]:
-    params, path, limit = run.params.database, on_disk.dump_path(run), run.params.backup.timeout_s
+    params, path, limit = run.params.database, on_disk.dump_paths(run)[".dump"], run.params.backup.timeout_s
     name = scratch_database(run).name
     return [
         postgres.list_contents(path).argv,
         postgres.read_through(path, timeout_s=limit).argv,
         ("call", f"create database {name}"),
-        postgres.restore(_server(run), params.admin_role, name, path, timeout_s=limit).argv,
+        postgres.restore(
+            _server(run), params.admin_role, name, path, timeout_s=limit, jobs=run.params.backup.jobs
+        ).argv,
         ("call", f"compare table by table, drop database {name}"),
     ]
 
@@ -328,10 +447,28 @@ def scratch_database(run: Run) -> restore.ScratchDatabase:
     way_back="the copies are kept",
 )
 def replicate_off_site(run: Run) -> StepResult:
-    """Every archive and the inventory go to the store; each is downloaded again and hashed."""
-    for path, digest in _copies(run):
-        run.services.store.put(path, _remote_key(run, path), sha256=digest)
+    """Every archive, the inventory and the roles go to the store; each is downloaded again and hashed."""
+    if not run.services.store.versioned():
+        raise StepFailedError(
+            f"bucket {run.params.backup.store.bucket} keeps no versions: what is deleted there is gone",
+            remedy="turn its versioning on, then resume",
+        )
+    store = run.services.store
+    total, before = sum(path.stat().st_size for path, _ in _copies(run)), store.sent_bytes
+    with progress.told(run.scratch, "copies off site", lambda: store.sent_bytes - before, total=total):
+        _at_once(run, lambda path, digest: store.put(path, _remote_key(run, path), sha256=digest, retain=True))
     return _read_back(run)
+
+
+def _at_once(run: Run, work: Callable[[Path, str], Any]) -> list[Any]:
+    """Do something with every copy, some at a time; the first error is raised when those that began have ended."""
+    with ThreadPoolExecutor(run.params.backup.parallel) as pool:
+        begun = [pool.submit(work, path, digest) for path, digest in _copies(run)]
+        try:
+            return [one.result() for one in begun]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 @replicate_off_site.probe
@@ -346,7 +483,9 @@ def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
 @replicate_off_site.plan
 def _(run: Run) -> list[tuple[str, ...]]:
     store = run.params.backup.store
-    paths = [on_disk.dump_path(run), *(on_disk.archive_path(run, host) for host in _hosts(run)), Path("inventory.json")]
+    dump = on_disk.dump_paths(run)[".dump"]
+    besides = (Path("inventory.json"), Path("globals.sql"))
+    paths = [dump, *(_planned_archive(run, host) for host in _hosts(run)), *besides]
     return [
         ("call", f"put {path.name} to s3://{store.bucket}/{store.prefix}/{_remote_key(run, path)}") for path in paths
     ]
@@ -356,8 +495,8 @@ def _copies(run: Run) -> list[tuple[Path, str]]:
     """Every file that goes off site, with the digest that its own step recorded."""
     known = [(on_disk.dump_path(run), _fact(run, dump_database.key(), "sha256"))]
     known += [(on_disk.archive_path(run, host), _fact(run, archive_files.key(host), "sha256")) for host in _hosts(run)]
-    path = run.folder / "artifacts" / "backup/inventory.json"
-    return [*known, (path, sha256_file(path))]
+    besides = [run.folder / "artifacts" / "backup" / name for name in ("inventory.json", "globals.sql")]
+    return [*known, *((path, sha256_file(path)) for path in besides)]
 
 
 def _remote_key(run: Run, path: Path) -> str:
@@ -365,38 +504,55 @@ def _remote_key(run: Run, path: Path) -> str:
 
 
 def _read_back(run: Run) -> StepResult:
-    copies: list[dict[str, Any]] = []
-    for path, digest in _copies(run):
-        stored = run.services.store.find(_remote_key(run, path))
-        if stored is None:
-            raise StepFailedError(
-                f"{_remote_key(run, path)} is not in the store", remedy=f"runbook resume {run.run_id}"
-            )
-        found, size_bytes = run.services.store.read_back(stored)
-        if found != digest:
-            raise StepFailedError(
-                f"{stored.key} came back with sha256 {found}, expected {digest}",
-                remedy="do not trust the store: look at it before going on",
-            )
-        copies.append(
-            {
-                "file": path.name,
-                "key": stored.key,
-                "version_id": stored.version_id,
-                "sha256": found,
-                "bytes": size_bytes,
-            }
-        )
+    began = time.monotonic()
+    copies = _at_once(run, lambda path, digest: _read_one_back(run, path, digest))
+    duration_s = time.monotonic() - began
     kept = run.keep("backup/off_site.json", json.dumps(copies, indent=1) + "\n")
     store = run.params.backup.store
     facts = {
         "store": f"s3://{store.bucket}/{store.prefix}/{run.run_id}/",
         "files": len(copies),
         "bytes": sum(copy["bytes"] for copy in copies),
-        "read back": "every byte, sha256 equal",
+        "read back": f"every byte, sha256 equal, in {duration_s:.1f} s",
+        "encrypted": sorted({str(copy["encryption"] or "by the bucket's own rule") for copy in copies}),
+        "retained until": min(
+            (str(copy["retained_until"]) for copy in copies if copy["retained_until"]), default="no lock"
+        ),
         "versions": {copy["file"]: copy["version_id"] for copy in copies},
     }
     return StepResult(facts=facts, artifacts=(kept,))
+
+
+def _read_one_back(run: Run, path: Path, digest: str) -> dict[str, Any]:
+    store, wanted = run.services.store, run.params.backup.store
+    stored = store.find(_remote_key(run, path))
+    if stored is None:
+        raise StepFailedError(f"{_remote_key(run, path)} is not in the store", remedy=f"runbook resume {run.run_id}")
+    if wanted.encryption is not None and stored.encryption != wanted.encryption:
+        raise StepFailedError(
+            f"{stored.key} is stored with encryption {stored.encryption}, not {wanted.encryption}",
+            remedy="look at the bucket and its keys",
+        )
+    if wanted.retain_days and stored.retained_until is None:
+        raise StepFailedError(
+            f"{stored.key} is not retained, {wanted.retain_days} days are wanted",
+            remedy="turn on the bucket's Object Lock",
+        )
+    found, size_bytes = store.read_back(stored)
+    if found != digest:
+        raise StepFailedError(
+            f"{stored.key} came back with sha256 {found}, expected {digest}",
+            remedy="do not trust the store: look at it before going on",
+        )
+    return {
+        "file": path.name,
+        "key": stored.key,
+        "version_id": stored.version_id,
+        "sha256": found,
+        "bytes": size_bytes,
+        "encryption": stored.encryption,
+        "retained_until": stored.retained_until,
+    }
 
 
 @step(
@@ -406,10 +562,10 @@ def _read_back(run: Run) -> StepResult:
     expected_s=2.0,
 )
 def compare_hashes(run: Run) -> StepResult:
-    """One manifest that names every file with its digests here and there, and what the database held."""
+    """One manifest that names every file with its digests here and there, what the database held, and how the proof ended."""
     remote = {copy["file"]: copy for copy in json.loads((run.folder / "artifacts/backup/off_site.json").read_bytes())}
     hosts = {on_disk.archive_path(run, host).name: host for host in _hosts(run)}
-    entries, unequal = [], []
+    dump, entries, unequal = on_disk.dump_path(run), [], []
     for path, source in _copies(run):
         copy = remote.get(path.name, {})
         local = sha256_file(path) if path.is_file() else "missing"
@@ -418,31 +574,44 @@ def compare_hashes(run: Run) -> StepResult:
             unequal.append(
                 f"{path.name}: source {source[:12]}, local {local[:12]}, off site {str(copy.get('sha256'))[:12]}"
             )
+        host = hosts.get(path.name)
+        made_by = dump_database.key() if path == dump else archive_files.key(host) if host else ""
         entries.append(
             {
                 "file": path.name,
-                "kind": "dump" if path == on_disk.dump_path(run) else "files" if path.name in hosts else "inventory",
-                "host": hosts.get(path.name),
+                "kind": "dump" if path == dump else "files" if host else path.stem,
+                "host": host,
                 "bytes": path.stat().st_size if path.is_file() else 0,
+                **{name: run.state.fact(made_by, name) for name in ("duration_s", "throughput", "packed by")},
                 "source_sha256": source,
                 "local": {"path": str(path), "sha256": local},
-                "remote": {name: copy.get(name) for name in ("key", "version_id", "sha256")},
+                "remote": {
+                    name: copy.get(name) for name in ("key", "version_id", "sha256", "encryption", "retained_until")
+                },
                 "equal": equal,
             }
         )
+    proof = _proof(run)
+    loss = _loss_window(run)
     manifest = {
         "run": run.run_id,
+        "environment": run.release.environment,
         "version": run.release.version,
         "commit": run.release.commit,
         "database": run.params.database.production,
         "taken_at": _fact(run, dump_database.key(), "taken at"),
         "files": entries,
+        "loss_window": loss,
+        "proof": proof,
         "inventory": _inventory(run),
     }
     kept = run.keep("backup/manifest.json", json.dumps(manifest, indent=1) + "\n")
     age_s = _age_s(run)
     facts = {
-        "equal": f"{len(entries) - len(unequal)} of {len(entries)} files: source = local = off site",
+        "backup": f"source = local = S3 for {len(entries) - len(unequal)} of {len(entries)} files, restore "
+        f"{'proved' if proof['equal'] else 'not proved'}, {proof['tables']:,} tables, {proof['rows']:,} rows",
+        "not covered": proof["not_covered"],
+        "loss window": f"since {loss['since']}, LSN {loss['lsn']}; {loss['written_bytes']:,} bytes of log until now",
         "age": f"{age_s:.0f} s, at most {run.params.backup.max_age_s:.0f} s",
         "sha256": {str(entry["file"]): entry["source_sha256"] for entry in entries},
         "unequal": unequal,
@@ -455,11 +624,40 @@ def compare_hashes(run: Run) -> StepResult:
     return StepResult(facts=facts, artifacts=(kept,))
 
 
+def _proof(run: Run) -> dict[str, Any]:
+    """How the proof by restore ended; it is a step of its own, and gate 1 asks for it."""
+    source = _inventory(run)
+    report = run.folder / "artifacts" / "backup/restore_report.json"
+    proved = run.state.green(validate_backup.key()) and report.exists()
+    return {
+        "equal": proved and bool(json.loads(report.read_bytes())["dump"]["equal"]),
+        "report_sha256": sha256_file(report) if proved else None,
+        "tables": len(source["tables"]),
+        "rows": inventory.rows(source),
+        "not_covered": source["not_provable"],
+    }
+
+
+def _loss_window(run: Run) -> dict[str, Any]:
+    """What a restore would lose: from the snapshot on."""
+    params, lsn = run.params.database, _fact(run, dump_database.key(), "lsn")
+    with run.services.database.connect(
+        params.backup_role, params.production, application=f"{run.session_name}: loss window"
+    ) as connection:
+        now, written = inventory.written_since(connection, lsn)
+    return {
+        "since": _fact(run, dump_database.key(), "taken at"),
+        "lsn": lsn,
+        "lsn_now": now,
+        "written_bytes": written,
+    }
+
+
 @compare_hashes.plan
 def _(run: Run) -> list[tuple[str, ...]]:
     return [
         ("call", f"sha256 of {path.name}")
-        for path in (on_disk.dump_path(run), *(on_disk.archive_path(run, h) for h in _hosts(run)))
+        for path in (on_disk.dump_paths(run)[".dump"], *(_planned_archive(run, host) for host in _hosts(run)))
     ]
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
-from runbook_lib import outward
+from runbook_lib import outward, room
 from runbook_lib.adapters import http
 from runbook_lib.commands import archive_files, git
 from runbook_lib.errors import StepFailedError
@@ -18,7 +17,6 @@ from runbook_lib.run import Run
 from runbook_lib.step import step
 
 _MOST_SUBJECTS = 50
-_FEWEST_INODES = 1000
 
 
 @step(
@@ -261,7 +259,8 @@ def _(run: Run) -> list[tuple[str, ...]]:
         run.services.hosts[name].command(archive_files.size(host.files)).argv
         for name, host in run.params.all_hosts.items()
     ]
-    return [("call", f"statvfs {run.params.backup.directory}"), ("call", "pg_database_size"), *sizes]
+    looks = (f"statvfs {run.params.backup.directory}", "pg_database_size, data_directory", "bytes in the store")
+    return [*(("call", look) for look in looks), *sizes]
 
 
 def capacity(run: Run, artifact_name: str) -> tuple[dict[str, Any], Artifact]:
@@ -270,67 +269,39 @@ def capacity(run: Run, artifact_name: str) -> tuple[dict[str, Any], Artifact]:
     Raises:
         StepFailedError: a target would keep less than `backup.free_ratio` free; the table is attached.
     """
-    database = run.params.database
-    with run.services.database.connect(
-        database.backup_role, database.production, application=f"{run.session_name}: capacity"
-    ) as connection:
-        row = connection.execute("SELECT pg_database_size(current_database())").fetchone()
-    dump_bytes = int(row[0]) if row else 0
-    files_bytes = 0
-    for name, host in run.params.all_hosts.items():
-        command = run.services.hosts[name].command(archive_files.size(host.files))
-        files_bytes += archive_files.parse_size(run.services.shell.run(command, name=f"du-{name}").output)
-    needed = dump_bytes + files_bytes
-    tables = [_local_room(run, needed)]
-    store = run.params.backup.store
-    if store.capacity_bytes is not None:
-        tables.append(_room(f"s3://{store.bucket}", store.capacity_bytes, run.services.store.used_bytes(), needed))
+    known = room.forecast(run)
+    targets = room.of_targets(run, known)
     ratio = run.params.backup.free_ratio
     facts: dict[str, Any] = {
-        "database bytes": dump_bytes,
-        "files bytes": files_bytes,
-        "must stay free": f"{ratio:.0%}",
-        **{f"free after, {table['target']}": f"{table['free_after_ratio']:.1%}" for table in tables},
+        "database bytes": known.database_bytes,
+        "files bytes": known.files_bytes,
+        "forecast": f"dump {known.dump_bytes:,} bytes, archives {known.archives_bytes:,}: {known.why}",
+        **{
+            one.target: {
+                "now": f"{one.now:.1%} free",
+                "after": f"{one.after:.1%}",
+                "limit": f"{ratio:.0%}",
+                **({} if one.free_inodes is None else {"inodes": f"{one.free_inodes:,} free"}),
+            }
+            for one in targets
+        },
     }
-    kept = run.keep(
-        artifact_name, json.dumps({"needed_bytes": needed, "free_ratio": ratio, "targets": tables}, indent=1) + "\n"
-    )
-    for table in tables:
-        few = table.get("free_inodes")
-        if table["free_after_ratio"] < ratio or (few is not None and few < _FEWEST_INODES):
+    if not any(one.target.startswith("scratch") for one in targets):
+        facts["scratch database"] = "its volume is not known here: backup.scratch_capacity_bytes tells its size"
+    table = {"forecast": asdict(known), "free_ratio": ratio, "targets": [one.as_json() for one in targets]}
+    kept = run.keep(artifact_name, json.dumps(table, indent=1) + "\n")
+    for one in targets:
+        few = one.free_inodes
+        if one.after < ratio or (few is not None and few < room.FEWEST_INODES):
             error = StepFailedError(
-                f"{table['target']} has {table['free_bytes']:,} of {table['total_bytes']:,} bytes free"
+                f"{one.target} has {one.free_bytes:,} of {one.total_bytes:,} bytes free"
                 + (f" and {few} inodes" if few is not None else "")
-                + f"; after {needed:,} bytes of backup {table['free_after_ratio']:.1%} would stay free, {ratio:.0%} must",
+                + f"; after {one.needed_bytes:,} bytes of backup {one.after:.1%} would stay free, {ratio:.0%} must",
                 remedy="free room there or raise its size, then resume",
             )
             error.result = StepResult(facts=facts, artifacts=(kept,), verdict="red")
             raise error
     return facts, kept
-
-
-def _local_room(run: Run, needed: int) -> dict[str, Any]:
-    folder = Path(run.params.backup.directory)
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise StepFailedError(
-            f"backup.directory {folder} is no folder that this user writes to", remedy="make it, then resume"
-        )
-    disk = os.statvfs(folder)
-    # f_bavail, not f_bfree: what root keeps for itself is not ours. No inode count (0) means no limit.
-    total = disk.f_blocks * disk.f_frsize
-    room = _room(str(folder), total, total - disk.f_bavail * disk.f_frsize, needed)
-    return room if disk.f_files == 0 else {**room, "free_inodes": disk.f_favail}
-
-
-def _room(target: str, total: int, used: int, needed: int) -> dict[str, Any]:
-    free = total - used
-    return {
-        "target": target,
-        "total_bytes": total,
-        "free_bytes": free,
-        "needed_bytes": needed,
-        "free_after_ratio": round((free - needed) / total, 4) if total else 0.0,
-    }
 
 
 STEPS = (

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from runbook_lib.adapters import archives
 from runbook_lib.adapters.hosts import LocalHost, SshHost, host_from
 from runbook_lib.adapters.secrets import Secrets
 from runbook_lib.adapters.shell import LocalShell
+from runbook_lib.canonical import sha256_file
 from runbook_lib.commands import archive_files
 from runbook_lib.commands.hosts import over_ssh
 from runbook_lib.errors import StepFailedError, UsageError
@@ -73,7 +77,8 @@ def test_a_missing_home_is_an_error(host: Host, shell: LocalShell) -> None:
         shell.run(gone.command(Command(("pwd",))), name="gone")
 
 
-def test_files_are_archived_and_compared(host: Host, shell: LocalShell, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["zstd", "gzip"])
+def test_files_are_archived_and_compared(host: Host, shell: LocalShell, tmp_path: Path, program: str) -> None:
     home = Path(host.home)
     (home / "releases" / "abc").mkdir(parents=True)
     (home / "releases" / "abc" / "web.py").write_text("print()\n")
@@ -82,16 +87,73 @@ def test_files_are_archived_and_compared(host: Host, shell: LocalShell, tmp_path
     (home / "shared" / "uploads" / "odd\nname 'x'").write_bytes(b"\0\1")
     (home / "shared" / "one").write_text("x")
     (home / "shared" / "two").hardlink_to(home / "shared" / "one")
-    files, archive, listing = ("current", "shared"), tmp_path / "a.tgz", tmp_path / "a.sha256"
+    files, archive, listing = ("current", "shared"), tmp_path / "a.archive", tmp_path / "a.list"
 
+    shell.run(host.command(archive_files.stamps(files, into=listing, timeout_s=30)), name="stamps")
+    stamps = archive_files.parse_stamps(listing.read_bytes())
     shell.run(host.command(archive_files.manifest(files, into=listing, timeout_s=30)), name="manifest")
-    before = archive_files.parse_manifest(listing.read_bytes())
-    shell.run(host.command(archive_files.create(files, known=before, into=archive, timeout_s=30)), name="tar")
+    known = archive_files.parse_manifest(listing.read_bytes())
+    tar = archive_files.create(files, known=known, packing=archive_files.Packing(program), into=archive, timeout_s=30)
+    done = shell.run(host.command(tar), name="tar")
+    found = archives.read(archive)
 
-    assert set(before) == {"current/web.py", "shared/uploads/odd\nname 'x'", "shared/one", "shared/two"}
-    assert archive_files.contents(archive) == before
+    assert set(known) == set(stamps) == {"current/web.py", "shared/uploads/odd\nname 'x'", "shared/one", "shared/two"}
+    assert found.files == known
+    assert found.sha256 == archive_files.streamed_sha256(done.output) == sha256_file(archive)
+    assert found.plain_bytes == 12
     size = shell.run(host.command(archive_files.size(files)), name="du")
     assert archive_files.parse_size(size.output) > 0
+
+
+@pytest.mark.parametrize(
+    ("tar", "exit_code"), [("echo x; exit 0", 0), ("echo x; exit 1", 1), ("echo x; exit 2", 2), ("exec 1>&-", 0)]
+)
+def test_the_archivers_exit_status_passes_through_the_pipe(
+    host: Host, shell: LocalShell, tmp_path: Path, tar: str, exit_code: int
+) -> None:
+    made = archive_files.create(
+        ("x",), known={}, packing=archive_files.Packing("gzip"), into=tmp_path / "out", timeout_s=30
+    )
+    argv = (*made.argv[:4], "sh", "-c", tar)
+
+    done = shell.run(host.command(dataclasses.replace(made, argv=argv, ok_exits=(0, 1, 2))), name="tar")
+
+    assert done.exit_code == exit_code
+    assert archive_files.streamed_sha256(done.output) == sha256_file(tmp_path / "out")
+
+
+def test_a_reader_that_goes_away_ends_the_stream_red(tmp_path: Path) -> None:
+    made = archive_files.create(
+        ("x",), known={}, packing=archive_files.Packing("gzip"), into=tmp_path / "out", timeout_s=30
+    )
+    argv = (*made.argv[:4], "cat", "/dev/zero")
+
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ) as child:
+        assert child.stdout is not None
+        child.stdout.read(1000)
+        child.stdout.close()
+
+        assert child.wait(timeout=30) != 0
+
+
+@pytest.mark.parametrize("program", ["zstd", "gzip"])
+def test_a_damaged_archive_is_not_readable(shell: LocalShell, tmp_path: Path, program: str) -> None:
+    here = LocalHost("app-01", str(tmp_path))
+    (tmp_path / "a").write_bytes(bytes(range(250)) * 2000 + os.urandom(20_000))
+    made = archive_files.create(
+        ("a",), known={"a": ""}, packing=archive_files.Packing(program), into=tmp_path / "out", timeout_s=30
+    )
+    shell.run(here.command(made), name="tar")
+    whole = (tmp_path / "out").read_bytes()
+    assert list(archives.read(tmp_path / "out").files) == ["a"]
+
+    damaged = [whole[:-cut] for cut in (1, 3, 9, len(whole) // 2, len(whole) - 2)]
+    damaged += [whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:], whole + b"junk", b"", b"\0" * 2000]
+    damaged += [whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :] for at in range(2000, len(whole), 2999)]
+    for content in damaged:
+        (tmp_path / "out").write_bytes(content)
+        with pytest.raises(StepFailedError, match="cannot be read to its end"):
+            archives.read(tmp_path / "out")
 
 
 def test_an_unknown_host_key_is_refused(secure_shell: SecureShell, shell: LocalShell, tmp_path: Path) -> None:

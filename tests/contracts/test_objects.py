@@ -7,14 +7,17 @@ import hashlib
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from runbook_lib.adapters import objects
 from runbook_lib.adapters.objects import S3Store
 from runbook_lib.errors import DeniedError, StepFailedError, UnavailableError, UsageError
+from tests.soak.proxies import Proxy
 
 if TYPE_CHECKING:
     from tests.contracts.conftest import Bucket
@@ -152,6 +155,112 @@ def test_parts_of_a_killed_upload_are_removed(store: S3Store, tmp_path: Path, mo
 
     listed = store._client.list_multipart_uploads(Bucket=store.bucket, Prefix=name)
     assert [u for u in listed.get("Uploads", []) if u["Key"] == name] == []
+
+
+def test_parts_of_a_failed_upload_are_removed_at_once(
+    store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "_ONE_REQUEST_BYTES", 1 << 20)
+    monkeypatch.setattr(objects, "_PART_BYTES", 5 << 20)
+    path, digest = _file(tmp_path, b"y" * (22 << 20))
+    sent = store._put_part
+
+    def third_is_lost(path: Path, name: str, upload: str, number: int, start: int, size: int) -> Any:
+        if number == 3:
+            raise ConnectionResetError("lost in part 3")
+        return sent(path, name, upload, number, start, size)
+
+    with monkeypatch.context() as patch, pytest.raises(ConnectionResetError):
+        patch.setattr(S3Store, "_put_part", lambda _self, *words: third_is_lost(*words))
+        store.put(path, "big", sha256=digest)
+
+    assert store._client.list_multipart_uploads(Bucket=store.bucket, Prefix=f"{store.prefix}/").get("Uploads", []) == []
+    assert store.find("big") is None
+    assert store.read_back(store.put(path, "big", sha256=digest)) == (digest, path.stat().st_size)
+
+
+def test_an_upload_that_nobody_goes_on_with_is_removed(
+    store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "_ONE_REQUEST_BYTES", 1 << 20)
+    s3, prefix = store._client, f"{store.prefix}/"
+    for key in ("other-run/big", "elsewhere"):
+        s3.create_multipart_upload(Bucket=store.bucket, Key=prefix + key)
+    s3.create_multipart_upload(Bucket=store.bucket, Key="not-ours/big")
+    path, digest = _file(tmp_path, b"y" * (2 << 20))
+
+    store.put(path, "big", sha256=digest)
+    young = s3.list_multipart_uploads(Bucket=store.bucket, Prefix=prefix).get("Uploads", [])
+    monkeypatch.setattr(objects, "_LEFT_OVER_S", -3600)
+    store.put(path, "big-2", sha256=digest)
+
+    assert {upload["Key"] for upload in young} == {prefix + "other-run/big", prefix + "elsewhere"}
+    assert s3.list_multipart_uploads(Bucket=store.bucket, Prefix=prefix).get("Uploads", []) == []
+    assert s3.list_multipart_uploads(Bucket=store.bucket, Prefix="not-ours/").get("Uploads", [])
+
+
+def test_the_bucket_says_whether_it_keeps_versions(store: S3Store) -> None:
+    store._client.create_bucket(Bucket="plain")
+
+    assert store.versioned()
+    assert not dataclasses.replace(store, bucket="plain").versioned()
+
+
+@pytest.mark.parametrize("size", [1000, 6 << 20])
+def test_what_is_retained_cannot_be_removed(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    from botocore.exceptions import ClientError
+
+    monkeypatch.setattr(objects, "_ONE_REQUEST_BYTES", 1 << 20)
+    name = f"locked-{size}"
+    locked = dataclasses.replace(_store(bucket, "p", retain_days=2, retain_mode="COMPLIANCE"), bucket=name)
+    locked._client.create_bucket(Bucket=name, ObjectLockEnabledForBucket=True)
+    path, digest = _file(tmp_path, b"z" * size)
+
+    stored = locked.put(path, "k", sha256=digest, retain=True)
+
+    assert stored.retained_until is not None
+    assert stored.retained_until > datetime.now(UTC).isoformat()
+    with pytest.raises(ClientError):
+        locked._client.delete_object(Bucket=name, Key=f"{locked.prefix}/k", VersionId=stored.version_id)
+    assert locked.read_back(stored) == (digest, size)
+    assert locked.put(path, "free", sha256=digest).retained_until is None
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("mode", ["refuse", "503", "cut 200", "cut 3000000", "slow", "other bytes", "other bytes sent"])
+def test_behind_a_bad_network_nothing_wrong_counts_as_stored(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, whole: bool
+) -> None:
+    if not whole:
+        monkeypatch.setattr(objects, "_ONE_REQUEST_BYTES", 1 << 20)
+        monkeypatch.setattr(objects, "_PART_BYTES", 5 << 20)
+    address = urlsplit(bucket.endpoint)
+    proxy = Proxy((str(address.hostname), int(address.port or 0)), tmp_path / "mode").start()
+    prefix = f"bad-{mode.replace(' ', '-')}-{whole}"
+    near, far = _store(bucket, prefix), _store(bucket, prefix, endpoint=f"http://127.0.0.1:{proxy.port}")
+    path, digest = _file(tmp_path, hashlib.sha256(mode.encode()).digest() * ((3 if mode == "slow" else 12) << 15))
+    try:
+        proxy.mode = mode
+        try:
+            stored = far.put(path, "k", sha256=digest)
+            told = far.read_back(stored)
+        except (UnavailableError, DeniedError, StepFailedError, UsageError):
+            told = ("refused", 0)
+        # Whatever was said through the bad network: green only for what is there, byte for byte.
+        there = near.find("k")
+        if told == (digest, path.stat().st_size):
+            assert there is not None
+            assert near.read_back(there) == told
+        assert there is None or near.read_back(there)[0] == digest
+        proxy.mode = "pass"
+        assert far.read_back(far.put(path, "k", sha256=digest)) == (digest, path.stat().st_size)
+        assert len(_versions(near)) == 1
+        left = near._client.list_multipart_uploads(Bucket=near.bucket, Prefix=f"{prefix}/").get("Uploads", [])
+        assert left == []
+    finally:
+        proxy.stop()
 
 
 def test_a_file_that_changed_on_disk_is_not_stored(store: S3Store, tmp_path: Path) -> None:

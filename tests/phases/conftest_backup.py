@@ -123,7 +123,7 @@ def opened(twin: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def slow_tools(twin: dict[str, Any], tmp_path: Path) -> Callable[[str, str], Path]:
-    """Makes a folder of PostgreSQL programs of which one runs a shell line before or after its work.
+    """Makes a folder of PostgreSQL programs, of which one, or one of the system's beside them, runs a shell line before or after its work.
 
     In the line `$0.calls` counts its calls; `real "$@"` is the program itself.
     """
@@ -133,7 +133,7 @@ def slow_tools(twin: dict[str, Any], tmp_path: Path) -> Callable[[str, str], Pat
         folder.mkdir()
         for program in Path(twin["database"]["bin"]).iterdir():
             (folder / program.name).symlink_to(program)
-        (folder / tool).unlink()
+        (folder / tool).unlink(missing_ok=True)
         real = Path(twin["database"]["bin"]) / tool
         script = f'#!/bin/sh\nreal() {{ {real} "$@"; }}\necho "$*" >> {folder}/{tool}.calls\n{line}\n'
         (folder / tool).write_text(script)

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 
 from runbook_lib import backup_files, restore
 from runbook_lib.errors import PausedError, StepFailedError, StepInDoubtError
-from runbook_lib.model import Command, Status
+from runbook_lib.model import Command, Status, StepResult
 from runbook_lib.phases import backup, prepare
 from tests.phases.conftest_backup import Opened, opened, slow_tools, twin  # noqa: F401  # fixtures
 from tests.project import alive
@@ -62,10 +64,15 @@ def test_a_whole_backup_is_proved_and_named_in_one_manifest(opened: Open, twin: 
         step(run)
 
     manifest = json.loads((run.folder / "artifacts/backup/manifest.json").read_bytes())
-    assert [entry["kind"] for entry in manifest["files"]] == ["dump", *["files"] * 4, "inventory"]
+    assert [entry["kind"] for entry in manifest["files"]] == ["dump", *["files"] * 4, "inventory", "globals"]
     assert all(entry["equal"] for entry in manifest["files"])
     assert manifest["inventory"]["tables"]["public.orders"]["rows"] >= 5000
-    backups = {f"{run.run_id}.dump", *(f"{run.run_id}-{host}.tgz" for host in run.params.all_hosts)}
+    assert manifest["proof"]["equal"]
+    assert manifest["loss_window"]["written_bytes"] >= 0
+    card = run.state.fact("backup.compare_hashes", "backup")
+    assert card.startswith("source = local = S3 for 7 of 7 files, restore proved, ")
+    assert all(entry["duration_s"] > 0 for entry in manifest["files"] if entry["kind"] in ("dump", "files"))
+    backups = {f"{run.run_id}.dump.zst", *(f"{run.run_id}-{host}.tar.zst" for host in run.params.all_hosts)}
     digests = {entry["file"]: entry["source_sha256"] for entry in manifest["files"]}
     notes = {f"{name}.{digests[name][:16]}.json" for name in backups}
     assert {path.name for path in Path(run.params.backup.directory).iterdir()} == backups | notes
@@ -143,7 +150,7 @@ def test_a_damaged_archive_does_not_pass(opened: Open) -> None:  # noqa: F811
     archive = backup_files.archive_path(one.run, "app-02")
     archive.write_bytes(archive.read_bytes()[:-2000])
 
-    with pytest.raises(StepFailedError, match=r"app-02\.tgz cannot be read"):
+    with pytest.raises(StepFailedError, match=r"app-02\.tar\.zst cannot be read"):
         backup.validate_backup(one.run)
 
 
@@ -219,7 +226,7 @@ def test_a_local_file_that_differs_closes_the_gate(opened: Open) -> None:  # noq
     with backup_files.dump_path(one.run).open("ab") as file:
         file.write(b"x")
 
-    with pytest.raises(StepFailedError, match=r"\.dump: source"):
+    with pytest.raises(StepFailedError, match=r"\.dump\.zst: source"):
         backup.compare_hashes(one.run)
 
     result = one.run.state.step("backup.compare_hashes").result
@@ -247,7 +254,7 @@ def test_an_older_pg_dump_is_refused(opened: Open, slow_tools: Tools) -> None:  
 
 
 def test_a_failing_pg_dump_leaves_nothing(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
-    line = 'case "$1" in --version) real "$@";; *) real "$@"; echo "disk full" >&2; exit 3;; esac'
+    line = 'case "$*" in *--snapshot*) real "$@"; echo "disk full" >&2; exit 3;; *) real "$@";; esac'
     tools = slow_tools("pg_dump", line)
     one = opened(database__bin=str(tools))
 
@@ -296,15 +303,16 @@ class _path:
 
 
 def _dumps(tools: Path) -> list[str]:
-    return [line for line in (tools / "pg_dump.calls").read_text().splitlines() if "--version" not in line]
+    return [line for line in (tools / "pg_dump.calls").read_text().splitlines() if "--snapshot" in line]
 
 
 def test_killed_while_dumping_the_dump_that_went_on_is_taken(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
-    line = 'real "$@"; status=$?; case "$1" in --version) ;; *) sleep 1;; esac; exit $status'
+    line = 'real "$@"; status=$?; case "$*" in *--snapshot*) sleep 1;; esac; exit $status'
     tools = slow_tools("pg_dump", line)
     one = opened(database__bin=str(tools))
-    part = Path(f"{backup_files.dump_path(one.run)}.part")
-    one.kill_when("backup.dump_database", lambda: part.exists() and part.stat().st_size > 0)
+    part = backup_files.part_of(backup_files.dump_paths(one.run)[".dump.zst"])
+    note = backup_files.scratch(one.run) / "dump-inventory.json"
+    one.kill_when("backup.dump_database", lambda: note.exists() and part.exists() and part.stat().st_size > 0)
 
     with _path(tools):
         result = backup.dump_database(one.run)
@@ -322,9 +330,9 @@ def test_killed_with_its_pg_dump_it_dumps_again(opened: Open, slow_tools: Tools)
     line = 'case "$1" in --version) real "$@";; *) real "$@"; sleep 3;; esac'
     tools = slow_tools("pg_dump", line)
     one = opened(database__bin=str(tools))
-    part = Path(f"{backup_files.dump_path(one.run)}.part")
+    part = backup_files.part_of(backup_files.dump_paths(one.run)[".dump.zst"])
     one.kill_when("backup.dump_database", lambda: part.exists() and part.stat().st_size > 0)
-    for pid in alive(str(part)):
+    for pid in alive(str(tools / "pg_dump")):
         os.kill(pid, signal.SIGKILL)
 
     with _path(tools):
@@ -376,14 +384,14 @@ def test_killed_while_copying_each_file_is_stored_once(opened: Open) -> None:  #
 
     backup.replicate_off_site(one.run)
 
-    assert len(versions()) == 6
-    assert len({version["Key"] for version in versions()}) == 6
+    assert len(versions()) == 7
+    assert len({version["Key"] for version in versions()}) == 7
 
 
 def test_killed_while_archiving_one_archive_a_host(opened: Open) -> None:  # noqa: F811
     one = opened()
     final = backup_files.archive_path(one.run, "app-02")
-    one.kill_when("backup.archive_files", lambda: final.exists() or Path(f"{final}.part").exists())
+    one.kill_when("backup.archive_files", lambda: final.exists() or backup_files.part_of(final).exists())
 
     backup.archive_files(one.run)
 
@@ -422,3 +430,135 @@ def test_a_copied_dump_is_proved_by_its_manifest_alone(opened: Open, tmp_path: P
     assert prove()["ok"]
     manifest["files"][0]["source_sha256"] = "0" * 64
     assert not prove()["ok"]
+
+
+def _runbook(*words: str) -> subprocess.CompletedProcess[str]:
+    argv = (sys.executable, "-m", "runbook_lib", *words)
+    return subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def test_a_dump_is_proved_later_by_command(opened: Open, twin: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+    one = opened()
+    _backed_up(one)
+    backup.replicate_off_site(one.run)
+    backup.compare_hashes(one.run)
+    manifest = one.run.folder / "artifacts/backup/manifest.json"
+    dump, cut = backup_files.dump_path(one.run), tmp_path / "cut.dump"
+    cut.write_bytes(dump.read_bytes()[:-3000])
+
+    good = _runbook("backup", "prove", str(dump), "--manifest", str(manifest), "--json")
+    bad = _runbook("backup", "prove", str(cut), "--manifest", str(manifest), "--json")
+    shown = _runbook("backup", "prove", str(dump), "--manifest", str(manifest))
+
+    assert good.returncode == 0, good.stderr
+    assert json.loads(good.stdout)["ok"]
+    assert bad.returncode == 1
+    assert not json.loads(bad.stdout)["ok"]
+    assert json.loads(bad.stdout)["why"]
+    assert "✔ public.orders: " in shown.stdout
+    assert "is proved" in shown.stdout
+    assert _scratch_databases(twin) == []
+
+
+@pytest.mark.parametrize(
+    ("dump", "manifest", "says"),
+    [
+        ("gone.dump", "manifest.json", "there is no dump"),
+        ("one.dump", "gone.json", "cannot be read"),
+        ("one.dump", "one.dump", "no manifest"),
+        ("one.dump", "list.json", "no manifest"),
+        ("one.dump", "other.json", "names no environment"),
+    ],
+)
+def test_what_cannot_be_proved_is_said_before_anything_starts(
+    opened: Open,  # noqa: F811
+    tmp_path: Path,
+    dump: str,
+    manifest: str,
+    says: str,
+) -> None:
+    known = {"run": "r", "environment": "rehearsal", "inventory": {}, "files": [{"kind": "dump", "source_sha256": "0"}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(known))
+    (tmp_path / "one.dump").write_text("x")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "other.json").write_text("{}")
+
+    done = _runbook("backup", "prove", str(tmp_path / dump), "--manifest", str(tmp_path / manifest))
+
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_kept_is_listed(opened: Open) -> None:  # noqa: F811
+    one = opened()
+    _backed_up(one)
+    folder = Path(one.run.params.backup.directory)
+    before = json.loads(_runbook("backup", "list", "rehearsal", "--json").stdout)
+    backup.validate_backup(one.run)
+    backup.replicate_off_site(one.run)
+    backup_files.archive_path(one.run, "app-02").unlink()
+    (folder / "old.dump").write_text("x")
+    (folder / "left.dump.part").write_text("x")
+
+    after = {
+        Path(row["path"]).name: row for row in json.loads(_runbook("backup", "list", "rehearsal", "--json").stdout)
+    }
+
+    assert len(before) == 1 + len(one.run.params.all_hosts)
+    assert not any(row["proved"] or row["off_site"] for row in before)
+    dump = after[backup_files.dump_path(one.run).name]
+    assert (dump["kind"], dump["local"], dump["proved"], dump["run_id"]) == ("dump", "there", True, one.run.run_id)
+    assert dump["off_site"].startswith("s3://")
+    assert dump["version_id"]
+    assert 0 <= dump["age_s"] < 600
+    assert after[backup_files.archive_path(one.run, "app-02").name]["local"] == "missing"
+    assert (after["old.dump"]["kind"], after["old.dump"]["proved"]) == ("unknown", False)
+    assert after["left.dump.part"]["local"] == "unfinished"
+    assert _runbook("backup", "list", "rehearsal").stdout.count("\n") == len(after)
+    assert _runbook("backup", "list", "nowhere").returncode == 2
+
+
+def test_a_host_without_zstd_gets_a_gzipped_archive(opened: Open) -> None:  # noqa: F811
+    one = opened(backup__archive="{compression: gzip, level: 1}")
+
+    result = backup.archive_files(one.run)
+
+    assert result.facts["app-01"]["packed by"] == "gzip -1"
+    assert result.facts["app-01"]["sha256"] == result.facts["app-01"]["sha256 at source"]
+    assert all(name.endswith(".tgz") for name in _kept(one))
+
+
+def test_in_read_only_mode_no_file_may_change(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
+    tools = slow_tools("tar", '/usr/bin/tar "$@"; exit 1')
+    one = opened()
+    run = one.run
+    with _path(tools):
+        backup.archive_files._one(run, "app-01")  # in daily life a file may change, and tar says so
+
+    step = {"step": "begin.enable_maintenance", "attempt": 1}
+    run.ledger.append(run.run_id, "step_intent", step)
+    green = {**step, "status": "green", "result": StepResult().as_json()}
+    run.ledger.append(run.run_id, "step_outcome", green)
+    with _path(tools), pytest.raises(StepFailedError, match="in read-only mode"):
+        backup.archive_files(run)
+    assert _kept(one) == [f"{run.run_id}-app-01.tar.zst"]
+
+
+def test_an_archive_that_changes_on_its_way_is_refused(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
+    empty_frame = r"P*M\030\000\000\000\000"  # all can still be unpacked and is equal
+    tools = slow_tools("tee", f"/usr/bin/tee \"$@\"; printf '{empty_frame}'")
+    one = opened()
+
+    with _path(tools), pytest.raises(StepFailedError, match="left it with sha256"):
+        backup.archive_files(one.run)
+    assert list(Path(one.run.params.backup.directory).iterdir()) == []
+
+
+def test_a_tar_that_fails_behind_its_pipe_is_seen(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
+    tools = slow_tools("tar", '/usr/bin/tar "$@"; echo "tar: disk gone" >&2; exit 2')
+    one = opened()
+
+    with _path(tools), pytest.raises(StepFailedError, match=r"\(tar-app-0\d\) exited 2: .*disk gone"):
+        backup.archive_files(one.run)
+    assert list(Path(one.run.params.backup.directory).iterdir()) == []

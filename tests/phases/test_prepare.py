@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from runbook_lib import room
 from runbook_lib.errors import StepFailedError, UsageError
-from runbook_lib.model import Status
+from runbook_lib.model import Status, StepResult
 from runbook_lib.phases import prepare
 from tests.phases.conftest_backup import Opened, opened, twin  # noqa: F401  # fixtures
 
@@ -76,7 +77,7 @@ def test_a_window_without_a_clear_hour_is_refused(opened: Open, start: str) -> N
 def test_a_full_disk_is_refused_with_its_table(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     one = opened()
     disk = SimpleNamespace(f_blocks=10_000, f_frsize=4096, f_bavail=6000, f_files=100_000, f_favail=50_000)
-    monkeypatch.setattr(prepare.os, "statvfs", lambda _: disk)
+    monkeypatch.setattr(room.os, "statvfs", lambda _: disk)
 
     with pytest.raises(StepFailedError, match="15% must"):
         prepare.check_capacity(one.run)
@@ -90,7 +91,7 @@ def test_a_full_disk_is_refused_with_its_table(opened: Open, monkeypatch: pytest
 def test_inodes_count_too(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     one = opened()
     disk = SimpleNamespace(f_blocks=10**9, f_frsize=4096, f_bavail=10**9, f_files=100_000, f_favail=12)
-    monkeypatch.setattr(prepare.os, "statvfs", lambda _: disk)
+    monkeypatch.setattr(room.os, "statvfs", lambda _: disk)
 
     with pytest.raises(StepFailedError, match="12 inodes"):
         prepare.check_capacity(one.run)
@@ -101,6 +102,37 @@ def test_a_store_with_a_limit_is_measured(opened: Open) -> None:  # noqa: F811
 
     with pytest.raises(StepFailedError, match="s3://prod-backups has"):
         prepare.check_capacity(one.run)
+
+
+def test_the_scratch_databases_volume_is_measured(opened: Open) -> None:  # noqa: F811
+    one = opened(backup__scratch_capacity_bytes="40000000")
+
+    with pytest.raises(StepFailedError, match="scratch database at 127"):
+        prepare.check_capacity(one.run)
+
+
+def test_the_last_backup_on_record_foretells_the_next(opened: Open) -> None:  # noqa: F811
+    def tell(step: str, **facts: object) -> None:
+        run = before.run
+        green = {"step": step, "attempt": 1, "status": "green", "result": StepResult(facts=facts).as_json()}
+        run.ledger.append(run.run_id, "step_intent", {"step": step, "attempt": 1})
+        run.ledger.append(run.run_id, "step_outcome", green)
+
+    before, now = opened(), opened()
+    first = room.forecast(now.run)
+    tell("backup.dump_database", **{"bytes": 100, "database bytes": 1000})
+    tell("backup.archive_files@app-01", **{"bytes": 50, "plain bytes": 100})
+
+    second = room.forecast(now.run)
+    result = prepare.check_capacity(now.run)
+
+    assert first.dump_bytes == first.database_bytes
+    assert abs(second.dump_bytes - second.database_bytes * 0.12) < 2
+    assert abs(second.archives_bytes - second.files_bytes * 0.6) < 2
+    assert before.run.run_id in str(result.facts["forecast"])
+    targets = [fact for fact in result.facts.values() if isinstance(fact, dict) and "limit" in fact]
+    assert len(targets) == 2
+    assert all(target["limit"] == "15%" for target in targets)
 
 
 def test_a_missing_backup_folder_is_said(opened: Open, tmp_path: Path) -> None:  # noqa: F811

@@ -227,15 +227,15 @@ _DURABLE = (
     Guard(
         "an archive of files is on disk before it gets its name",
         _BACKUP,
-        "        on_disk.sync(part)\n        archived =",
-        "        archived =",
+        "        on_disk.sync(part)\n        sent =",
+        "        sent =",
         (f"{_T_BACKUP}a_backup_is_on_disk_before_it_gets_its_name",),
     ),
     Guard(
         "a dump is on disk before it gets its name",
         _BACKUP,
-        "    on_disk.sync(part)\n    kept =",
-        "    kept =",
+        "    on_disk.sync(part)\n    source, taken_at",
+        "    source, taken_at",
         (f"{_T_BACKUP}a_backup_is_on_disk_before_it_gets_its_name",),
     ),
     Guard(
@@ -645,8 +645,8 @@ _BACKUPS = (
     Guard(
         "a dump is read to its last byte",
         _RESTORE,
-        'postgres.read_through(dump_file, timeout_s=timeout_s), name="pg_restore-read"',
-        'postgres.list_contents(dump_file), name="pg_restore-list-again"',
+        'postgres.read_through(plain, timeout_s=timeout_s), name="pg_restore-read"',
+        'postgres.list_contents(plain), name="pg_restore-list-again"',
         (f"{_T_BACKUP}a_damaged_dump_does_not_pass[cut]",),
     ),
     Guard(
@@ -667,12 +667,12 @@ _BACKUPS = (
         "a dump that failed leaves nothing under its scratch name",
         _BACKUP,
         """\
-        return _adopt_dump(run, part, final, source, taken_at)
+        return _adopt_dump(run, part, final, known, time.monotonic() - began)
     except BaseException:
         part.unlink(missing_ok=True)
 """,
         """\
-        return _adopt_dump(run, part, final, source, taken_at)
+        return _adopt_dump(run, part, final, known, time.monotonic() - began)
     except BaseException:
 """,
         (f"{_T_BACKUP}a_failing_pg_dump_leaves_nothing",),
@@ -729,8 +729,8 @@ _BACKUPS = (
     Guard(
         "an off-site copy is read back and compared",
         _BACKUP,
-        "        if found != digest:\n",
-        "        if False:\n",
+        "    if found != digest:\n",
+        "    if False:\n",
         (f"{_T_BACKUP}a_copy_that_comes_back_as_something_else_is_no_copy",),
     ),
     Guard(

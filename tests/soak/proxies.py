@@ -23,7 +23,8 @@ class Proxy:
 
     Attributes:
         target: the real server.
-        file: where its mode is written: `pass`, `refuse`, `503`, `cut BYTES`, `slow`, `other bytes`.
+        file: where its mode is written: `pass`, `refuse`, `503`, `cut BYTES`, `slow`, `other bytes`,
+            `other bytes sent` (one in each big piece on its way to the server).
         network: it listens in a network namespace of its own, whose link can be taken down: packets are lost and nobody
             is told, which is what a half-open connection is. Needs root and iproute2.
     """
@@ -120,6 +121,8 @@ class Proxy:
                     return
                 if not data:
                     return
+                if ready is client and self.mode == "other bytes sent" and len(data) > 4096:
+                    data = data[:2048] + bytes([data[2048] ^ 1]) + data[2049:]
                 if ready is server:
                     back += len(data)
                     word, _, bytes_ = self.mode.partition(" ")

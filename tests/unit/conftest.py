@@ -45,7 +45,7 @@ def open_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, people: dict[str, 
         for name, roles in ROLES.items()
     }
     data["gates"]["release"]["roles"] = ["qa"]
-    data["hosts"]["web"] = {"app-01": {"address": f"local:{home / 'app-01'}"}}
+    data["hosts"]["web"] = {"app-01": {"address": f"local:{home / 'app-01'}", "url": "http://127.0.0.1:9"}}
     data["backup"]["directory"] = str(home / "backups")
     data["record"]["key"] = f"file:{people['recorder']}"
     (home / "params" / "staging.yml").write_text(yaml.safe_dump(data))

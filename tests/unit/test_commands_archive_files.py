@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -35,10 +33,15 @@ def test_manifest_follows_what_is_named_and_nothing_below() -> None:
 
 def test_create_takes_folders_by_their_inside_and_files_as_they_are() -> None:
     command = archive_files.create(
-        ("current", "-odd", "shared/env"), known={"shared/env": H1}, into=Path("a.tgz.part"), timeout_s=9.0
+        ("current", "-odd", "shared/env"),
+        known={"shared/env": H1},
+        packing=archive_files.Packing("zstd", 3, 2),
+        into=Path("a.tar.zst.part"),
+        timeout_s=9.0,
     )
 
-    assert command.argv[:3] == ("tar", "--create", "--gzip")
+    assert command.argv[:2] == ("sh", "-c")
+    assert command.argv[3:7] == ("sh", "tar", "--create", "--use-compress-program=zstd -3 -T2")
     assert command.argv[command.argv.index("--") + 1 :] == ("./current/.", "./-odd/.", "./shared/env")
     assert command.ok_exits == (0, 1)
 
@@ -59,33 +62,42 @@ def test_size_adds_up() -> None:
     assert archive_files.parse_size("4096\t./current\n10\t./shared\nwarning\n") == 4106
 
 
-def test_contents_of_a_cut_archive_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.tgz"
-    with tarfile.open(path, "w:gz") as tar:
-        member = tarfile.TarInfo("./current/a")
-        member.size = 300_000
-        tar.addfile(member, io.BytesIO(bytes(range(250)) * 1200))
-    assert list(archive_files.contents(path)) == ["current/a"]
+def test_packing_is_a_program_with_its_own_level() -> None:
+    assert archive_files.Packing("gzip", threads=4).words == "gzip"
+    assert archive_files.Packing("zstd").words == "zstd -T0"
+    assert archive_files.Packing("gzip", 1).suffix == ".tgz"
 
-    whole = path.read_bytes()
-    for damaged in (whole[:-9], whole[:-1], whole[: len(whole) // 2], whole[:-5] + b"\0" + whole[-4:], b""):
-        path.write_bytes(damaged)
-        with pytest.raises((EOFError, OSError, tarfile.TarError)):
-            archive_files.contents(path)
+
+def test_stamps_are_read_whatever_the_names_are() -> None:
+    data = b"./current/a b\nc\x003 1.5 1.5 77\0shared/x\x000 2.0 2.0 78\0"
+
+    assert archive_files.parse_stamps(data) == {"current/a b\nc": "3 1.5 1.5 77", "shared/x": "0 2.0 2.0 78"}
+    assert archive_files.parse_stamps(b"") == {}
+    for cut in (data[:-1], data[:-12], b"find: no such file"):
+        with pytest.raises(ValueError, match="in the middle"):
+            archive_files.parse_stamps(cut)
+
+
+def test_the_streams_digest_is_found_among_other_words() -> None:
+    said = f"Welcome to app-01\ntar: x: file changed as we read it\nrunbook-stream-sha256 {H1}\n"
+
+    assert archive_files.streamed_sha256(said) == H1
+    assert not archive_files.streamed_sha256("runbook-stream-sha256 ")
 
 
 def test_a_quiet_host_must_be_equal() -> None:
-    before = {"a": H1, "b": H2}
+    known = {"a": H1, "b": H2}
 
-    assert archive_files.compare(before, before, before).proved
-    assert archive_files.compare(before, {"a": H1}, before).missing == ("b",)
-    assert archive_files.compare(before, {"a": H1, "b": H3}, before).differing == ("b",)
+    assert archive_files.compare(known, known, set()).proved
+    assert archive_files.compare(known, {"a": H1}, set()).missing == ("b",)
+    assert archive_files.compare(known, {"a": H1, "b": H3}, set()).differing == ("b",)
+    assert archive_files.compare(known, {**known, "c": H3}, set()).differing == ("c",)
 
 
 def test_what_moved_meanwhile_is_named_not_failed() -> None:
-    before, after = {"log": H1, "gone": H2, "a": H1}, {"log": H2, "new": H3, "a": H1}
+    moved = archive_files.moved({"log": "1", "gone": "2", "a": "3"}, {"log": "4", "new": "5", "a": "3"})
 
-    compared = archive_files.compare(before, {"log": H3, "a": H1}, after)
+    compared = archive_files.compare({"log": H1, "gone": H2, "a": H1}, {"log": H3, "a": H1, "new": H2}, moved)
 
     assert compared.proved
     assert compared.moving == ("gone", "log", "new")

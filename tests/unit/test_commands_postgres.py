@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,14 @@ from runbook_lib.commands import postgres
 
 SERVER = postgres.Server("10.0.0.5", 5432, "/etc/runbook/pgpass")
 CUT_OFF = "keepalives_idle=10 keepalives_interval=5 keepalives_count=3 tcp_user_timeout=30000"
+PLAIN = postgres.Packing("1")
 DUMP = Path("/backups/run.dump")
 
 
 def test_dump() -> None:
-    command = postgres.dump(SERVER, "backup_user", "prod_db", snapshot="00000003-1", into=DUMP, timeout_s=7200.0)
+    command = postgres.dump(
+        SERVER, "backup_user", "prod_db", snapshot="00000003-1", packing=PLAIN, into=DUMP, timeout_s=7200.0
+    )
 
     assert command.argv == (
         "pg_dump",
@@ -24,6 +28,7 @@ def test_dump() -> None:
         "--no-owner",
         "--snapshot=00000003-1",
         "--lock-wait-timeout=30000",
+        "--compress=1",
         "--host=10.0.0.5",
         "--port=5432",
         "--username=backup_user",
@@ -37,13 +42,14 @@ def test_dump() -> None:
 
 
 def test_restore_stops_at_the_first_error() -> None:
-    command = postgres.restore(SERVER, "postgres", "runbook_scratch_1", DUMP, timeout_s=60.0)
+    command = postgres.restore(SERVER, "postgres", "runbook_scratch_1", DUMP, timeout_s=60.0, jobs=2)
 
     assert command.argv == (
         "pg_restore",
         "--exit-on-error",
         "--no-acl",
         "--no-owner",
+        "--jobs=2",
         "--host=10.0.0.5",
         "--port=5432",
         "--username=postgres",
@@ -51,6 +57,45 @@ def test_restore_stops_at_the_first_error() -> None:
         f"--dbname=dbname='runbook_scratch_1' {CUT_OFF}",
         "/backups/run.dump",
     )
+
+
+def test_a_dump_may_be_packed_by_a_program_behind_it() -> None:
+    packing = postgres.Packing("0", ("zstd", "-q", "-1", "-T0"))
+
+    command = postgres.dump(
+        SERVER, "backup_user", "prod_db", snapshot="00000003-1", packing=packing, into=DUMP, timeout_s=7200.0
+    )
+
+    assert command.argv[:2] == ("sh", "-c")
+    assert command.argv[3:6] == ("sh", "zstd -q -1 -T0", "pg_dump")
+    assert "--compress=0" in command.argv
+    assert not any(word.startswith("--file") for word in command.argv)
+    assert command.stdout == DUMP
+    assert packing.suffix == ".dump.zst"
+
+
+@pytest.mark.parametrize(
+    ("pg_dump", "zstd", "exit_code"), [("exit 0", "cat", 0), ("exit 3", "cat", 3), ("exit 0", "false", 1)]
+)
+def test_the_exit_status_of_each_part_of_the_pipe_counts(pg_dump: str, zstd: str, exit_code: int) -> None:
+    made = postgres.dump(
+        SERVER, "r", "d", snapshot="s", packing=postgres.Packing("0", (zstd,)), into=DUMP, timeout_s=1.0
+    )
+
+    assert subprocess.run((*made.argv[:5], "sh", "-c", pg_dump), check=False).returncode == exit_code
+
+
+def test_what_pg_dump_can_pack_with_is_told_by_what_it_refuses_last() -> None:
+    assert postgres.can_pack("pg_dump: error: parallel backup only supported by the directory format\n")
+    assert not postgres.can_pack('pg_dump: error: invalid value "zstd:1" for option -Z/--compress\n')
+    assert not postgres.can_pack("pg_dump: error: invalid compression specification: this build does not support ZSTD")
+
+
+def test_globals_are_written_without_passwords() -> None:
+    argv = postgres.globals_(SERVER, "backup_user", "postgres", into=Path("g.sql"), timeout_s=1.0).argv
+
+    assert argv[:3] == ("pg_dumpall", "--globals-only", "--no-role-passwords")
+    assert argv[-1] == "--file=g.sql"
 
 
 def test_reading() -> None:
@@ -90,6 +135,8 @@ def _inventory(**tables: tuple[int, str]) -> dict[str, object]:
         "sequences": {"public.s": {"last_value": "10", "is_called": True}},
         "structure": {"indexes": {"public.i": "d1"}},
         "large_objects": 0,
+        "large_objects_content": "",
+        "extensions": {"plpgsql": "1.0"},
     }
 
 
@@ -104,6 +151,7 @@ def test_every_difference_is_said() -> None:
         "sequences": {"public.s": {"last_value": "9", "is_called": True}},
         "structure": {"indexes": {"public.j": "d1"}},
         "large_objects": 2,
+        "extensions": {},
     }
 
     said = inventory.differences(source, restored)
@@ -117,6 +165,7 @@ def test_every_difference_is_said() -> None:
         "indexes: public.i is missing",
         "indexes: public.j was not in the source",
         "2 large objects instead of 0",
+        "extension plpgsql is missing",
     ]
 
 

@@ -196,7 +196,9 @@ def test_every_runbook_command_in_the_documents_exists() -> None:
     for text in (p.read_text() for p in MARKDOWN):
         code = [line for block in blocks(text) for line in block] + re.findall(r"`([^`\n]+)`", text)
         for words in re.findall(
-            r"^runbook ([a-z]+(?: (?:show|approve|reject|up|down|status))?)\b(.*)", "\n".join(code), re.MULTILINE
+            r"^runbook ([a-z]+(?: (?:show|approve|reject|up|down|status|prove|list))?)\b(.*)",
+            "\n".join(code),
+            re.MULTILINE,
         ):
             names, rest = words[0].split(), words[1].partition("#")[0]
             if names[0] not in verbs:

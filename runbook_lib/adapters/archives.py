@@ -1,0 +1,104 @@
+"""Reading an archive of files to its last byte: what it holds, and its own digest, in one pass."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import subprocess
+import tarfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from runbook_lib.commands.archive_files import clean
+from runbook_lib.errors import StepFailedError, UsageError
+
+_BLOCK_BYTES = 1 << 20
+_MAGIC = {b"\x1f\x8b": ("gzip", "-dc"), b"\x28\xb5\x2f\xfd": ("zstd", "-qdc")}
+
+
+@dataclass(frozen=True, slots=True)
+class Archived:
+    """What was read.
+
+    Attributes:
+        sha256: of the archive's own bytes.
+        files: path → sha256 of each file in it.
+        plain_bytes: of those files together.
+    """
+
+    sha256: str
+    files: dict[str, str]
+    plain_bytes: int
+
+
+def read(archive: Path) -> Archived:
+    """Read an archive to its last byte, through the decompressor's own checks.
+
+    Raises:
+        StepFailedError: it is damaged or cut.
+        UsageError: the program that unpacks it is not on this machine.
+    """
+    with archive.open("rb") as file:
+        head = file.read(4)
+        program = next((argv for magic, argv in _MAGIC.items() if head.startswith(magic)), None)
+        if program is None:
+            raise _unreadable(archive, "it is neither gzip nor zstd")
+        if shutil.which(program[0]) is None:
+            raise UsageError(f"{program[0]} is not installed on this machine", remedy="install it, then resume")
+        file.seek(0)
+        # Python's own readers stop before the end and see less: the programs check every byte and the checksum.
+        with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+            assert child.stdin and child.stdout and child.stderr  # noqa: S101, PT018  # they are pipes
+            feeder = _Feeder(file, child.stdin)
+            feeder.start()
+            try:
+                files, plain_bytes = _contents(child.stdout)
+                while child.stdout.read(_BLOCK_BYTES):
+                    pass
+                said = child.stderr.read().decode(errors="replace").strip()
+            except (tarfile.TarError, EOFError, OSError) as error:
+                raise _unreadable(archive, str(error)) from error
+            finally:
+                child.kill()  # what has ended does not mind
+                feeder.join()
+        if said or not feeder.whole:
+            raise _unreadable(archive, said or f"{program[0]} did not read all of it")
+        return Archived(feeder.digest.hexdigest(), files, plain_bytes)
+
+
+class _Feeder(threading.Thread):
+    """Passes a file on to a decompressor and hashes it on the way."""
+
+    def __init__(self, file: IO[bytes], into: IO[bytes]) -> None:
+        super().__init__(daemon=True)
+        self.digest, self.whole = hashlib.sha256(), False
+        self._file, self._into = file, into
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError), self._into:  # it ended early: its own word says why
+            while block := self._file.read(_BLOCK_BYTES):
+                self.digest.update(block)
+                self._into.write(block)
+            self.whole = True
+
+
+def _unreadable(archive: Path, why: str) -> StepFailedError:
+    return StepFailedError(f"{archive} cannot be read to its end: {why}", remedy="archive again")
+
+
+def _contents(stream: IO[bytes]) -> tuple[dict[str, str], int]:
+    found, plain_bytes = {}, 0
+    with tarfile.open(fileobj=stream, mode="r|", bufsize=_BLOCK_BYTES, errorlevel=2) as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.isfile() else None
+            if file is not None:
+                digest = hashlib.sha256()
+                while block := file.read(_BLOCK_BYTES):
+                    digest.update(block)
+                found[clean(member.name)] = digest.hexdigest()
+                plain_bytes += member.size
+            tar.members.clear()  # type: ignore[attr-defined]  # it keeps every header, for a random access that a stream has not
+    return found, plain_bytes

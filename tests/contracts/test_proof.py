@@ -1,0 +1,311 @@
+"""A dump is proved by restoring it: every good one passes, every damaged one is refused, whatever the database holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from rehearsal import postgres as twin_postgres
+from runbook_lib import restore
+from runbook_lib.adapters import inventory
+from runbook_lib.adapters.database import Database
+from runbook_lib.adapters.secrets import Secrets
+from runbook_lib.adapters.shell import LocalShell
+from runbook_lib.canonical import sha256_file
+from runbook_lib.commands import postgres
+from runbook_lib.errors import StepFailedError, UsageError
+from runbook_lib.params import Database as DatabaseParams
+from tests.ledgers import LedgerServer
+
+ZSTD = postgres.Packing("0", ("zstd", "-q", "-1"))
+PACKINGS = {"zstd": ZSTD, "gzip": postgres.Packing("1"), "none": postgres.Packing("0")}
+# Of each kind of damage: in the tests that everybody runs, and in the soak.
+FEW, MANY = 2, 25
+
+SHOP = """
+CREATE TABLE customers (id serial PRIMARY KEY, name text NOT NULL, note text);
+CREATE TABLE orders (id bigserial PRIMARY KEY, customer int REFERENCES customers, cents int CHECK (cents >= 0));
+CREATE INDEX ON orders (customer);
+CREATE VIEW totals AS SELECT customer, sum(cents) FROM orders GROUP BY 1;
+INSERT INTO customers (name, note) SELECT 'customer ' || n, md5(n::text || '{day}') FROM generate_series(1, 400) n;
+INSERT INTO orders (customer, cents) SELECT 1 + n % 400, n FROM generate_series(1, 2000) n;
+"""
+UNUSUAL = """
+CREATE SCHEMA "Odd schema";
+CREATE TABLE "Odd schema"."t""able; DROP" ("se lect" int PRIMARY KEY, "ö" text);
+INSERT INTO "Odd schema"."t""able; DROP" VALUES (1, E'tab\\tand \\\\ and ''quote'''), (2, NULL);
+CREATE TABLE events (at date NOT NULL, what text) PARTITION BY RANGE (at);
+CREATE TABLE events_2025 PARTITION OF events FOR VALUES FROM ('2025-01-01') TO ('2026-01-01');
+CREATE TABLE events_2026 PARTITION OF events FOR VALUES FROM ('2026-01-01') TO ('2027-01-01');
+INSERT INTO events SELECT '2025-06-01'::date + n, 'event ' || n FROM generate_series(1, 400) n;
+CREATE TABLE sizes (w int, h int, area int GENERATED ALWAYS AS (w * h) STORED, id int GENERATED ALWAYS AS IDENTITY);
+INSERT INTO sizes (w, h) SELECT n, n + 1 FROM generate_series(1, 50) n;
+CREATE TABLE parent (a int); CREATE TABLE child (b int) INHERITS (parent);
+INSERT INTO parent VALUES (1); INSERT INTO child VALUES (2, 3);
+CREATE TABLE empty (x jsonb, y bytea, z float8[], r numrange);
+CREATE UNLOGGED TABLE quick (x int); INSERT INTO quick VALUES (7);
+CREATE TABLE odd_values (f float8, n numeric, t timestamptz, b bytea, i interval, j jsonb);
+INSERT INTO odd_values VALUES ('NaN', 'NaN', 'infinity', '\\x00ff', '1 mon -3 days', '{"a": [1, null]}'),
+    (1.0000000000000002, 1e100, '2026-03-29 01:30:00+00', '', '-1 sec', 'null'), (NULL, NULL, NULL, NULL, NULL, NULL);
+CREATE MATERIALIZED VIEW summary AS SELECT count(*) FROM events;
+CREATE SEQUENCE downwards INCREMENT -1; SELECT nextval('downwards'), nextval('downwards');
+CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NEW; END $$;
+CREATE TRIGGER touched BEFORE UPDATE ON sizes FOR EACH ROW EXECUTE FUNCTION touch();
+SELECT lo_from_bytea(0, convert_to(repeat('large object ', 1000), 'UTF8')), lo_from_bytea(0, '\\x0001');
+"""
+
+
+@dataclass(frozen=True)
+class Dumped:
+    """A dump with what its snapshot held."""
+
+    path: Path
+    inventory: dict[str, Any]
+
+    def manifest(self, sha256: str) -> dict[str, Any]:
+        return {"run": "r", "files": [{"kind": "dump", "source_sha256": sha256}], "inventory": self.inventory}
+
+
+class Proofs:
+    """Databases on one server, dumped and proved as a run does it."""
+
+    def __init__(self, server: LedgerServer, folder: Path) -> None:
+        self.server, self.folder = server, folder
+        known = server.server
+        self.database = Database("127.0.0.1", known.port, str(known.passfile))
+        self.shell = LocalShell(lambda: folder / "logs", Secrets())
+        self._made: list[str] = []
+
+    def make(self, script: str) -> str:
+        name = f"proof_{os.getpid()}_{self.folder.name.replace('-', '_')}_{len(self._made)}"[-60:]
+        with self.server.session() as session:
+            session.execute(f'CREATE DATABASE "{name}"')
+        self._made.append(name)
+        self.run(name, script)
+        return name
+
+    def run(self, name: str, script: str) -> None:
+        with self.server.session(name) as session:
+            if script:
+                session.execute(script)
+
+    def end(self) -> None:
+        with self.server.session() as session:
+            for name in self._made:
+                session.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+    def connect(self, name: str) -> psycopg.Connection[Any]:
+        return self.database.connect(twin_postgres.ADMIN, name, application="proof")
+
+    def dump(self, name: str, packing: postgres.Packing, between: Callable[[], None] = lambda: None) -> Dumped:
+        path = self.folder / f"{name}-{len(list(self.folder.iterdir()))}{packing.suffix}"
+        server = postgres.Server("127.0.0.1", self.server.server.port, str(self.server.server.passfile))
+        with self.connect(name) as connection:
+            snapshot = restore.export_snapshot(connection)
+            between()
+            taken = inventory.take(lambda: self.connect(name), snapshot=snapshot.name, jobs=2)
+            command = postgres.dump(
+                server, twin_postgres.ADMIN, name, snapshot=snapshot.name, packing=packing, into=path, timeout_s=60
+            )
+            self.shell.run(command, name="dump")
+        return Dumped(path, json.loads(json.dumps(taken)))
+
+    def prove(self, path: Path, manifest: dict[str, Any], production: str) -> dict[str, Any]:
+        params = DatabaseParams(
+            host="127.0.0.1",
+            port=self.server.server.port,
+            passfile=str(self.server.server.passfile),
+            production=production,
+            staging="s",
+            admin_role=twin_postgres.ADMIN,
+            backup_role="b",
+            migrate_role="m",
+            app_role="a",
+            critical_reads=["SELECT 1"],
+        )
+        return restore.prove_against_manifest(
+            path, manifest, database=self.database, params=params, shell=self.shell, timeout_s=60, jobs=2
+        )
+
+    def why_not(self, path: Path, manifest: dict[str, Any], production: str) -> list[str]:
+        """Empty for a proved dump."""
+        try:
+            report = self.prove(path, manifest, production)
+        except StepFailedError as error:
+            return [error.message]
+        assert report["ok"] == (not report["why"])
+        return list(report["why"])
+
+
+@pytest.fixture
+def proofs(ledger_server: LedgerServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proofs]:
+    monkeypatch.setenv("PATH", f"{ledger_server.server.bin}{os.pathsep}{os.environ['PATH']}")
+    made = Proofs(ledger_server, tmp_path)
+    yield made
+    made.end()
+
+
+def _extension(proofs: Proofs, database: str, name: str) -> bool:
+    with proofs.server.session(database) as session:
+        found = session.execute("SELECT 1 FROM pg_available_extensions WHERE name = %s", (name,)).fetchone()
+        if found is not None:
+            session.execute(f"CREATE EXTENSION {name}")
+    return found is not None
+
+
+def test_whatever_a_database_holds_is_proved_or_named(proofs: Proofs) -> None:
+    name = proofs.make(UNUSUAL)
+    foreign = _extension(proofs, name, "file_fdw")
+    if foreign:
+        proofs.run(
+            name,
+            "CREATE SERVER files FOREIGN DATA WRAPPER file_fdw; "
+            "CREATE FOREIGN TABLE hosts (line text) SERVER files OPTIONS (filename '/etc/hosts')",
+        )
+    one = proofs.dump(name, ZSTD)
+
+    report = proofs.prove(one.path, one.manifest(sha256_file(one.path)), name)
+
+    assert report["why"] == []
+    assert one.inventory["large_objects"] == 2
+    assert {'Odd schema.t"able; DROP', "public.events_2025", "public.child", "public.quick"} <= set(
+        one.inventory["tables"]
+    )
+    assert one.inventory["tables"]["public.parent"]["rows"] == 1
+    expected = ["materialized view public.summary: made anew by a restore"]
+    assert report["not_provable"] == (
+        ["foreign table public.hosts: its rows are on another server", *expected] if foreign else expected
+    )
+    assert set(one.inventory["extensions"]) == {"plpgsql", *(["file_fdw"] if foreign else [])}
+    assert one.inventory["size_bytes"] > 0
+    assert one.inventory["server_version"]
+
+
+def test_an_empty_database_is_proved_too(proofs: Proofs) -> None:
+    name = proofs.make("")
+    one = proofs.dump(name, ZSTD)
+
+    assert proofs.why_not(one.path, one.manifest(sha256_file(one.path)), name) == []
+    assert one.inventory["tables"] == {}
+
+
+def test_what_is_written_during_the_dump_is_in_neither(proofs: Proofs) -> None:
+    name = proofs.make(SHOP)
+    one = proofs.dump(name, ZSTD, between=lambda: proofs.run(name, "DELETE FROM orders WHERE id % 2 = 0"))
+
+    assert proofs.why_not(one.path, one.manifest(sha256_file(one.path)), name) == []
+    assert one.inventory["tables"]["public.orders"]["rows"] == 2000
+
+
+def test_a_large_object_that_differs_is_seen(proofs: Proofs) -> None:
+    name = proofs.make("SELECT lo_from_bytea(4711, 'one')")
+    right = proofs.dump(name, ZSTD)
+    proofs.run(name, "SELECT lo_put(4711, 0, 'two')")
+    wrong = proofs.dump(name, ZSTD)
+
+    why = proofs.why_not(wrong.path, right.manifest(sha256_file(wrong.path)), name)
+
+    assert why == ["the 1 large objects have other content"]
+
+
+def test_an_inventory_of_another_version_is_not_compared(proofs: Proofs) -> None:
+    name = proofs.make("")
+    one = proofs.dump(name, ZSTD)
+    one.inventory["format"] = 1
+
+    with pytest.raises(UsageError, match="the inventory has format 1"):
+        proofs.why_not(one.path, one.manifest(sha256_file(one.path)), name)
+
+
+@pytest.mark.parametrize(
+    "each", [FEW, pytest.param(MANY, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])], ids=["few", "many"]
+)
+def test_every_damaged_dump_is_refused_and_every_good_one_passes(proofs: Proofs, each: int) -> None:
+    draw = random.Random(4)
+    name, other = proofs.make(SHOP.replace("{day}", "today")), proofs.make(SHOP.replace("{day}", "elsewhere"))
+    wrongly_refused, wrongly_passed, good, damaged = [], [], 0, 0
+
+    def refused(path: Path, manifest: dict[str, Any], what: str) -> None:
+        nonlocal damaged
+        damaged += 1
+        if not proofs.why_not(path, manifest, name):
+            wrongly_passed.append(what)
+
+    def proved(one: Dumped, what: str) -> None:
+        nonlocal good
+        good += 1
+        if why := proofs.why_not(one.path, one.manifest(sha256_file(one.path)), name):
+            wrongly_refused.append(f"{what}: {why}")
+
+    for kind, packing in PACKINGS.items():
+        if kind == "gzip" and each == FEW:
+            continue
+        one = proofs.dump(name, packing)
+        proved(one, kind)
+        whole, manifest = one.path.read_bytes(), one.manifest(sha256_file(one.path))
+        bad = one.path.with_name("bad.dump")
+        for number in range(max(each - 5, 1)):
+            bad.write_bytes(whole[: len(whole) * number // max(each - 5, 1)])
+            refused(bad, manifest, f"{kind} cut at {bad.stat().st_size}")
+        for _ in range(each):
+            at, bit = draw.randrange(len(whole)), 1 << draw.randrange(8)
+            bad.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            refused(bad, manifest, f"{kind} bit {bit} at {at}")
+        for _ in range(max(each - 5, 1)):
+            at = draw.randrange(max(1, len(whole) - 4096))
+            bad.write_bytes(whole[:at] + bytes(4096) + whole[at + 4096 :])
+            refused(bad, manifest, f"{kind} zeroed at {at}")
+        # Damage that was there before the digest was taken: only the comparison can tell.
+        stranger = proofs.dump(other, packing)
+        refused(stranger.path, one.manifest(sha256_file(stranger.path)), f"{kind} of another database")
+        for statement, back in (
+            ("UPDATE orders SET cents = cents + 1 WHERE id = 77", "UPDATE orders SET cents = cents - 1 WHERE id = 77"),
+            (
+                "DELETE FROM orders WHERE id > 1990",
+                "INSERT INTO orders SELECT n, 1 + n % 400, n FROM generate_series(1991, 2000) n",
+            ),
+            ("DROP VIEW totals", "CREATE VIEW totals AS SELECT customer, sum(cents) FROM orders GROUP BY 1"),
+        ):
+            proofs.run(name, statement)
+            changed = proofs.dump(name, packing)
+            proofs.run(name, back)
+            refused(changed.path, one.manifest(sha256_file(changed.path)), f"{kind} after {statement}")
+        for day in range(1 if each == FEW else 10):
+            proofs.run(name, f"UPDATE customers SET note = note || '{day}' WHERE id % 10 = {day}")
+            proved(proofs.dump(name, packing), f"{kind} on day {day}")
+        emptied = proofs.dump(name, packing)
+        proofs.run(name, "CREATE TABLE aside AS TABLE orders; TRUNCATE orders")
+        empty = proofs.dump(name, packing)
+        proofs.run(name, "INSERT INTO orders TABLE aside; DROP TABLE aside")
+        refused(empty.path, emptied.manifest(sha256_file(empty.path)), f"{kind} with a table emptied")
+
+    print(f"{good} good, {damaged} damaged")
+    assert wrongly_passed == []
+    assert wrongly_refused == []
+    if each == MANY:
+        assert good >= 30
+        assert damaged >= 200
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_thousands_of_tables_are_proved(proofs: Proofs) -> None:
+    name = proofs.make("")
+    for start in range(0, 5000, 500):
+        proofs.run(
+            name,
+            f"DO $$ BEGIN FOR n IN {start} .. {start + 499} LOOP EXECUTE format('CREATE TABLE t%s (id serial PRIMARY KEY, "
+            "x text)', n); EXECUTE format('INSERT INTO t%s (x) VALUES (%L)', n, n); END LOOP; END $$",
+        )
+    one = proofs.dump(name, ZSTD)
+
+    assert len(one.inventory["tables"]) == 5000
+    assert proofs.why_not(one.path, one.manifest(sha256_file(one.path)), name) == []
