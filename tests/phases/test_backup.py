@@ -101,7 +101,8 @@ def test_the_inventory_is_the_dumps_own_moment(opened: Open, twin: dict[str, Any
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "row"])
 def test_a_damaged_dump_does_not_pass(opened: Open, twin: dict[str, Any], damage: str) -> None:  # noqa: F811
-    one = opened()
+    # Nothing around it that would notice: what is unpacked first is read to its end by that.
+    one = opened(backup__dump="{compression: none}") if damage == "cut" else opened()
     _backed_up(one)
     dump = backup_files.dump_path(one.run)
     content = bytearray(dump.read_bytes())
