@@ -342,10 +342,10 @@ def _services(params: Params, secrets: Secrets, scratch: Path, folder: Path) -> 
 
     database = params.database
     # The tools beside this interpreter, and the database client that the params name, come first.
-    for programs in (str(Path(sys.executable).parent), database.bin):
-        path = os.environ.get("PATH", "")
-        if programs and programs not in path.split(os.pathsep):
-            os.environ["PATH"] = f"{programs}{os.pathsep}{path}"
+    for programs in filter(None, (str(Path(sys.executable).parent), database.bin)):
+        # In front also when they were there before: a process may have opened a run with another database.bin.
+        others = [folder for folder in os.environ.get("PATH", "").split(os.pathsep) if folder != programs]
+        os.environ["PATH"] = os.pathsep.join([programs, *others])
     store = params.backup.store
     messages = params.messages
     return Services(
