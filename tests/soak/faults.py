@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 
 from tests.project import Project
 from tests.soak.killpoints import Walk, run_step, wait, walked
-from tests.soak.proxies import Proxy, can_lose_packets
+from tests.soak.proxies import Proxy, has_own_devices
 from tests.soak.worlds import differences
 
 Begin = Callable[[Walk, int], Callable[[], object]]
@@ -255,7 +255,7 @@ def plan(walk: Walk, each: int, kind: str = "sqlite") -> list[tuple[str, Fault]]
     for number, key in enumerate(reversed(walk.steps)):
         if any(slow in key for slow in _SLOW):
             continue
-        here = [fault for fault in FAULTS if fault.ledger in ("", kind) and (can_lose_packets() or not fault.root)]
+        here = [fault for fault in FAULTS if fault.ledger in ("", kind) and (has_own_devices() or not fault.root)]
         if kind == "postgresql":  # all else was seen with the other ledger
             here = [fault for fault in here if fault.ledger]
         common = [fault for fault in here if not fault.only]
@@ -319,7 +319,7 @@ def disturbed(
 
     Without root there is no such disk, and no network that loses packets.
     """
-    network = can_lose_packets()
+    network = has_own_devices()
     os.environ["PGSSLMODE"] = "disable"  # elsewhere than on the loopback address clients ask for TLS by themselves
     disk = folder / "project" / "outputs"
 

@@ -9,9 +9,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET of sched.h
@@ -139,9 +141,21 @@ class Proxy:
                     return
 
 
-def can_lose_packets() -> bool:
-    """True where a test may make networks of its own."""
-    return os.geteuid() == 0 and shutil.which("ip") is not None
+@cache
+def has_own_devices() -> bool:
+    """True where a test may make networks and disks of its own: root, iproute2, and a kernel or container that lets it."""
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("mount") is None:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        network = subprocess.run(("ip", "netns", "add", "rbsoak-99"), check=False, capture_output=True).returncode == 0
+        disk = (
+            subprocess.run(("mount", "-t", "tmpfs", "none", folder), check=False, capture_output=True).returncode == 0
+        )
+        if network:
+            _forget("rbsoak-99")
+        if disk:
+            subprocess.run(("umount", folder), check=True)
+    return network and disk
 
 
 def _ip(*words: str) -> None:
