@@ -329,8 +329,8 @@ def disturbed(
         if network:
             subprocess.run(("mount", "-t", "tmpfs", "-o", "size=64m", "runbook-soak", str(disk)), check=True)
         s3, database = urlsplit(facts["s3"]["endpoint"]), facts["database"]
-        store = _proxied("store", folder, (str(s3.hostname), int(s3.port or 0)), 11 if network else 0)
-        before = _proxied("database", folder, (database["host"], int(database["port"])), 12 if network else 0)
+        store = _proxied("store", folder, (str(s3.hostname), int(s3.port or 0)), 1 if network else 0)
+        before = _proxied("database", folder, (database["host"], int(database["port"])), 2 if network else 0)
         passfile = folder / "pgpass"
         passfile.touch(mode=0o600)
         lines = Path(database["passfile"]).read_text().splitlines()
@@ -350,7 +350,7 @@ def disturbed(
             words = dict(pair.split("=", 1) for pair in url.query.split("&"))
             lines = Path(words["passfile"]).read_text().splitlines()
             passfile.write_text("".join("*:*:" + line.split(":", 2)[2] + "\n" for line in lines))
-            there = _proxied("ledger", folder, (str(url.hostname), int(url.port or 0)), 13 if network else 0)
+            there = _proxied("ledger", folder, (str(url.hostname), int(url.port or 0)), 3 if network else 0)
             address = f"{url.username}@{there.host}:{there.port}"
             chosen["ledger"] = url._replace(netloc=address, query=f"passfile={passfile}").geturl()
         return chosen
@@ -366,7 +366,9 @@ def disturbed(
 
 
 def _proxied(name: str, folder: Path, target: tuple[str, int], network: int) -> Proxy:
-    proxy = Proxy(target, folder / f"proxy-{name}", f"rbsoak-{network}" if network else "").start()
+    # Several soaks may go on beside each other: each has networks of its own.
+    number = os.getpid() % 80 * 3 + network
+    proxy = Proxy(target, folder / f"proxy-{name}", f"rbsoak-{number}" if network else "").start()
     PROXIES[name] = proxy
     return proxy
 
