@@ -32,16 +32,17 @@ def dump_packing(run: Run) -> postgres.Packing:
     """The fastest compression that params allow and that is there."""
     wanted, shell = run.params.backup.dump, run.services.shell
     level = 1 if wanted.level is None else wanted.level
+    jobs = run.params.backup.jobs if wanted.format == "directory" else 0
     if wanted.compression in ("auto", "zstd"):
         said = shell.run(postgres.packs_with(f"zstd:{level}"), name="pg_dump-zstd").output
         if postgres.can_pack(said):
-            return postgres.Packing(f"zstd:{level}")
-        if shutil.which("zstd") is not None or wanted.compression == "zstd":
+            return postgres.Packing(f"zstd:{level}", jobs=jobs)
+        if not jobs and (shutil.which("zstd") is not None or wanted.compression == "zstd"):
             return postgres.Packing("0", ("zstd", "-q", f"-{level}", "-T0"))
-        return postgres.Packing(str(min(level, 9)))
+        return postgres.Packing(str(min(level, 9)), jobs=jobs)
     if wanted.compression == "none":
-        return postgres.Packing("0")
-    return postgres.Packing(None if wanted.level is None else str(wanted.level))
+        return postgres.Packing("0", jobs=jobs)
+    return postgres.Packing(None if wanted.level is None else str(wanted.level), jobs=jobs)
 
 
 def _known(run: Run, key: str, paths: list[Path]) -> Path:
@@ -121,6 +122,7 @@ def fresh_parts(paths: Iterable[Path]) -> None:
     """Remove what a killed attempt left, however it packed."""
     for path in paths:
         part_of(path).unlink(missing_ok=True)
+        shutil.rmtree(postgres.folder_of(part_of(path)), ignore_errors=True)
 
 
 def part_of(final: Path) -> Path:

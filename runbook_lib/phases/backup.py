@@ -270,7 +270,8 @@ def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
 @dump_database.plan
 def _(run: Run) -> list[tuple[str, ...]]:
     wanted = run.params.backup.dump
-    packing = postgres.Packing({"gzip": None, "none": "0"}.get(wanted.compression, f"zstd:{wanted.level or 1}"))
+    own = {"gzip": None, "none": "0"}.get(wanted.compression, f"zstd:{wanted.level or 1}")
+    packing = postgres.Packing(own, jobs=run.params.backup.jobs if wanted.format == "directory" else 0)
     part = on_disk.part_of(on_disk.dump_paths(run)[packing.suffix])
     globals_ = run.folder / "artifacts/backup/globals.sql"
     return [
@@ -413,8 +414,8 @@ def validate_backup(run: Run) -> StepResult:
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
     # What a killed proof leaves is its scratch database; a proof is whole or it is made again.
     scratch_database(run).drop()
-    for left in Path(run.params.backup.directory).glob(f"{run.run_id}*.plain.part"):
-        left.unlink()
+    for path in on_disk.dump_paths(run).values():
+        restore.remove(restore.plain_of(path))
     return None
 
 

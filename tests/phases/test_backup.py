@@ -466,6 +466,22 @@ def test_a_host_without_zstd_gets_a_gzipped_archive(opened: Open) -> None:  # no
     assert all(path.suffix == ".tgz" for path in Path(one.run.params.backup.directory).iterdir())
 
 
+def test_a_dump_by_several_jobs_is_killed_and_made_again(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
+    tools = slow_tools("pg_dump", 'real "$@"; status=$?; case "$*" in *--snapshot*) sleep 2;; esac; exit $status')
+    one = opened(database__bin=str(tools), backup__dump="{format: directory}")
+    folder = Path(one.run.params.backup.directory)
+    one.kill_when("backup.dump_database", lambda: any(folder.glob("*.folder/toc.dat")))
+    for pid in alive(str(tools / "pg_dump")):
+        os.kill(pid, signal.SIGKILL)
+
+    with _path(tools):
+        backup.dump_database(one.run)
+        backup.archive_files(one.run)
+        assert backup.validate_backup(one.run).facts["differences"] == []
+
+    assert [path.name for path in folder.glob("*.dump*")] == [f"{one.run.run_id}.dump.tar"]
+
+
 def test_in_read_only_mode_no_file_may_change(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
     tools = slow_tools("tar", '/usr/bin/tar "$@"; exit 1')
     one = opened()
