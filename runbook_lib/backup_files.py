@@ -16,6 +16,14 @@ from runbook_lib.errors import StepFailedError, StepInDoubtError
 from runbook_lib.model import Command, StepResult
 from runbook_lib.run import Run
 
+# The steps' names in the ledger.
+DUMP, VALIDATE = "backup.dump_database", "backup.validate_backup"
+
+
+def archive_key(host: str) -> str:
+    """The name in the ledger of the step that archived a host's files."""
+    return f"backup.archive_files@{host}"
+
 
 def dump_paths(run: Run) -> dict[str, Path]:
     """Ending → where the run's database dump lies when it is packed that way."""
@@ -25,7 +33,7 @@ def dump_paths(run: Run) -> dict[str, Path]:
 
 def dump_path(run: Run) -> Path:
     """Where the run's database dump lies, or would lie."""
-    return _known(run, "backup.dump_database", list(dump_paths(run).values()))
+    return _known(run, DUMP, list(dump_paths(run).values()))
 
 
 def dump_packing(run: Run) -> postgres.Packing:
@@ -59,7 +67,7 @@ def archive_paths(run: Run, host: str) -> dict[str, Path]:
 
 def archive_path(run: Run, host: str) -> Path:
     """Where the run's archive of a host's files lies, or would lie."""
-    return _known(run, f"backup.archive_files@{host}", list(archive_paths(run, host).values()))
+    return _known(run, archive_key(host), list(archive_paths(run, host).values()))
 
 
 def packing(run: Run, host: str) -> files.Packing:
