@@ -16,6 +16,14 @@ from runbook_lib.errors import StepFailedError, StepInDoubtError
 from runbook_lib.model import Command, StepResult
 from runbook_lib.run import Run
 
+# The steps' names in the ledger.
+DUMP, VALIDATE = "backup.dump_database", "backup.validate_backup"
+
+
+def archive_key(host: str) -> str:
+    """The name in the ledger of the step that archived a host's files."""
+    return f"backup.archive_files@{host}"
+
 
 def dump_paths(run: Run) -> dict[str, Path]:
     """Ending → where the run's database dump lies when it is packed that way."""
@@ -25,23 +33,24 @@ def dump_paths(run: Run) -> dict[str, Path]:
 
 def dump_path(run: Run) -> Path:
     """Where the run's database dump lies, or would lie."""
-    return _known(run, "backup.dump_database", list(dump_paths(run).values()))
+    return _known(run, DUMP, list(dump_paths(run).values()))
 
 
 def dump_packing(run: Run) -> postgres.Packing:
     """The fastest compression that params allow and that is there."""
     wanted, shell = run.params.backup.dump, run.services.shell
     level = 1 if wanted.level is None else wanted.level
+    jobs = run.params.backup.jobs if wanted.format == "directory" else 0
     if wanted.compression in ("auto", "zstd"):
         said = shell.run(postgres.packs_with(f"zstd:{level}"), name="pg_dump-zstd").output
         if postgres.can_pack(said):
-            return postgres.Packing(f"zstd:{level}")
-        if shutil.which("zstd") is not None or wanted.compression == "zstd":
+            return postgres.Packing(f"zstd:{level}", jobs=jobs)
+        if not jobs and (shutil.which("zstd") is not None or wanted.compression == "zstd"):
             return postgres.Packing("0", ("zstd", "-q", f"-{level}", "-T0"))
-        return postgres.Packing(str(min(level, 9)))
+        return postgres.Packing(str(min(level, 9)), jobs=jobs)
     if wanted.compression == "none":
-        return postgres.Packing("0")
-    return postgres.Packing(None if wanted.level is None else str(wanted.level))
+        return postgres.Packing("0", jobs=jobs)
+    return postgres.Packing(None if wanted.level is None else str(wanted.level), jobs=jobs)
 
 
 def _known(run: Run, key: str, paths: list[Path]) -> Path:
@@ -58,7 +67,7 @@ def archive_paths(run: Run, host: str) -> dict[str, Path]:
 
 def archive_path(run: Run, host: str) -> Path:
     """Where the run's archive of a host's files lies, or would lie."""
-    return _known(run, f"backup.archive_files@{host}", list(archive_paths(run, host).values()))
+    return _known(run, archive_key(host), list(archive_paths(run, host).values()))
 
 
 def packing(run: Run, host: str) -> files.Packing:
@@ -121,6 +130,7 @@ def fresh_parts(paths: Iterable[Path]) -> None:
     """Remove what a killed attempt left, however it packed."""
     for path in paths:
         part_of(path).unlink(missing_ok=True)
+        shutil.rmtree(postgres.folder_of(part_of(path)), ignore_errors=True)
 
 
 def part_of(final: Path) -> Path:

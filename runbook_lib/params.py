@@ -162,6 +162,7 @@ class ArchiveParams(_Strict):
 
 
 class DumpParams(_Strict):
+    format: Literal["custom", "directory"] = "custom"
     compression: Literal["auto", "zstd", "gzip", "none"] = "auto"
     level: Annotated[int, Field(ge=1, le=19)] | None = None
 

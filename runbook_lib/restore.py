@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets as random
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -135,18 +136,35 @@ def export_snapshot(connection: psycopg.Connection[Any]) -> Snapshot:
 def _plain(dump_file: Path, *, shell: Shell, timeout_s: float) -> Iterator[Path]:
     """The dump as pg_restore reads it: itself, or unpacked beside it for as long as the body runs."""
     with dump_file.open("rb") as file:
-        packed = file.read(4) == _ZSTD
-    if not packed:
-        yield dump_file
-        return
-    plain = dump_file.with_name(f"{dump_file.name}.plain.part")
-    plain.unlink(missing_ok=True)
-    os.close(os.open(plain, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        head = file.read(512)
+    plain = plain_of(dump_file)
+    remove(plain)
     try:
-        shell.run(postgres.unpack(dump_file, into=plain, timeout_s=timeout_s), name="unpack")
-        yield plain
+        if head.startswith(_ZSTD):
+            os.close(os.open(plain, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            shell.run(postgres.unpack(dump_file, into=plain, timeout_s=timeout_s), name="unpack")
+            yield plain
+        elif head[257:262] == b"ustar" and b"toc.dat" not in head[:100]:  # pg_dump's own tar begins with that
+            plain.mkdir(mode=0o700)
+            shell.run(postgres.unpack_folder(dump_file, into=plain, timeout_s=timeout_s), name="unpack")
+            yield plain
+        else:
+            yield dump_file
     finally:
-        plain.unlink(missing_ok=True)
+        remove(plain)
+
+
+def plain_of(dump_file: Path) -> Path:
+    """Where a dump is unpacked while it is proved."""
+    return dump_file.with_name(f"{dump_file.name}.plain.part")
+
+
+def remove(path: Path) -> None:
+    """Remove what may be a file, a folder, or not there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def prove_dump(
@@ -187,7 +205,8 @@ def prove_dump(
     began = time.monotonic()
     with _plain(dump_file, shell=shell, timeout_s=timeout_s) as plain:
         listing = shell.run(postgres.list_contents(plain), name="pg_restore-list").output
-        shell.run(postgres.read_through(plain, timeout_s=timeout_s), name="pg_restore-read")
+        if plain == dump_file or plain.is_dir():  # unpacking by zstd has read every byte, with its checksum
+            shell.run(postgres.read_through(plain, timeout_s=timeout_s), name="pg_restore-read")
         read = time.monotonic()
         try:
             scratch.create()

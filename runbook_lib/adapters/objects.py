@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 256 << 10
 # Up to here one request with the checksum of the whole; above, parts, each with its own. The protocol counts to 10,000.
 _ONE_REQUEST_BYTES = 32 << 20
 _PART_BYTES = 16 << 20

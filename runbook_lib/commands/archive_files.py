@@ -18,7 +18,10 @@ set -u
 folder=$(mktemp -d) && mkfifo "$folder/copy" || exit 90
 trap 'rm -rf "$folder"' EXIT
 trap 'exit 90' HUP INT TERM
-sha256sum < "$folder/copy" > "$folder/digest" &
+if command -v openssl > /dev/null
+then openssl dgst -sha256 -r < "$folder/copy" > "$folder/digest" &
+else sha256sum < "$folder/copy" > "$folder/digest" &
+fi
 { "$@"; echo $? > "$folder/status"; } | tee "$folder/copy"
 passed=$?
 wait $! || exit 90
@@ -26,6 +29,35 @@ wait $! || exit 90
 read -r digest rest < "$folder/digest" && read -r status < "$folder/status" || exit 90
 echo "runbook-stream-sha256 $digest" >&2
 exit "$status"
+"""
+# The same list as sha256sum's, by the processor's own instructions: four times as fast where Python is at hand.
+_HASHING = """
+import hashlib, os, sys
+
+def told(path):
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 18):
+            digest.update(block)
+    sys.stdout.buffer.write(digest.hexdigest().encode() + b"  " + path + b"\\0")
+
+def failed(error):
+    raise error
+
+for name in map(os.fsencode, sys.argv[1:]):
+    if os.path.isfile(name):
+        told(name)
+    else:
+        os.stat(name)
+        for folder, _, files in os.walk(name, onerror=failed):
+            for path in (os.path.join(folder, file) for file in files):
+                if os.path.isfile(path) and not os.path.islink(path):
+                    told(path)
+"""
+_MANIFEST = """
+hashing=$1; shift
+command -v python3 > /dev/null && python3 -c 'import sys; sys.exit(sys.version_info < (3, 8))' && exec python3 -c "$hashing" "$@"
+exec find -H "$@" -type f -exec sha256sum --zero -- {} +
 """
 _STREAMED = re.compile(r"^runbook-stream-sha256 ([0-9a-f]{64})$", re.MULTILINE)
 CHANGED = 1  # tar's exit status for "file changed as we read it"
@@ -37,7 +69,7 @@ class Packing:
 
     Args:
         program: `gzip` or `zstd`.
-        level: of the program; None for its own default.
+        level: of the program; None for zstd's fastest ordinary one, and gzip's default.
         threads: for zstd; 0 for as many as the host has cores.
     """
 
@@ -53,8 +85,9 @@ class Packing:
     @property
     def words(self) -> str:
         """The compressor as tar starts it."""
-        level = [] if self.level is None else [f"-{self.level}"]
-        return " ".join([self.program, *level, *([f"-T{self.threads}"] if self.program == "zstd" else [])])
+        if self.program == "zstd":
+            return f"zstd -{self.level or 1} -T{self.threads}"
+        return "gzip" if self.level is None else f"gzip -{self.level}"
 
 
 SUFFIXES = {"zstd": ".tar.zst", "gzip": ".tgz"}
@@ -68,9 +101,9 @@ def has_zstd() -> Command:
 def manifest(files: Sequence[str], *, into: Path, timeout_s: float) -> Command:
     """Print the digest of every file, NUL-ended so that any name is unambiguous.
 
-    -H: what is named itself may be a link (`current` → the release); links further down are not followed.
+    What is named itself may be a link (`current` → the release); links further down are not followed.
     """
-    argv = ("find", "-H", *map(_named, files), "-type", "f", "-exec", "sha256sum", "--zero", "--", "{}", "+")
+    argv = ("sh", "-c", _MANIFEST, "sh", _HASHING, *map(_named, files))
     return Command(argv, timeout_s=timeout_s, stdout=into)
 
 

@@ -60,15 +60,17 @@ class Packing:
     Args:
         own: what pg_dump's --compress is given; None for its own default.
         zstd: the words of the zstd program behind it, empty for none.
+        jobs: how many tables are dumped at a time, into a folder that is one tar file in the end; 0 for a custom format.
     """
 
     own: str | None
     zstd: tuple[str, ...] = ()
+    jobs: int = 0
 
     @property
     def suffix(self) -> str:
         """How the dump's name ends."""
-        return SUFFIXES[1] if self.zstd else SUFFIXES[0]
+        return SUFFIXES[2] if self.jobs else SUFFIXES[1] if self.zstd else SUFFIXES[0]
 
     @property
     def words(self) -> str:
@@ -76,7 +78,7 @@ class Packing:
         return " ".join(self.zstd) if self.zstd else f"pg_dump --compress={self.own or 'default'}"
 
 
-SUFFIXES = (".dump", ".dump.zst")
+SUFFIXES = (".dump", ".dump.zst", ".dump.tar")
 _JOBS_REFUSED = "parallel backup only supported"
 
 
@@ -108,6 +110,22 @@ exit $packed
 """
 
 
+# What a killed dump left in the folder is of no use: pg_dump wants it new.
+_FOLDER = """
+set -u
+folder=$1; shift
+rm -rf "$folder" || exit 90
+trap 'rm -rf "$folder"' EXIT
+"$@" "--file=$folder" || exit $?
+tar --create --file=- --directory="$folder" . || exit 90
+"""
+
+
+def folder_of(dump_file: Path) -> Path:
+    """Where a dump of several jobs is written before it becomes one file."""
+    return dump_file.with_name(f"{dump_file.name}.folder")
+
+
 def dump(
     server: Server, role: str, dbname: str, *, snapshot: str, packing: Packing, into: Path, timeout_s: float
 ) -> Command:
@@ -117,7 +135,7 @@ def dump(
     """
     argv = (
         "pg_dump",
-        "--format=custom",
+        *(("--format=directory", f"--jobs={packing.jobs}") if packing.jobs else ("--format=custom",)),
         "--no-acl",
         "--no-owner",
         f"--snapshot={snapshot}",
@@ -125,6 +143,9 @@ def dump(
         *(() if packing.own is None else (f"--compress={packing.own}",)),
         *server.arguments(role, dbname),
     )
+    if packing.jobs:
+        whole = ("sh", "-c", _FOLDER, "sh", str(folder_of(into)), *argv)
+        return Command(whole, timeout_s=timeout_s, env=server.env(), stdout=into)
     if not packing.zstd:
         return Command((*argv, f"--file={into}"), timeout_s=timeout_s, env=server.env())
     piped = ("sh", "-c", _PIPED, "sh", " ".join(packing.zstd), *argv)
@@ -134,6 +155,12 @@ def dump(
 def unpack(dump_file: Path, *, into: Path, timeout_s: float) -> Command:
     """Unpack a dump that the zstd program packed; it checks every byte."""
     return Command(("zstd", "-qdc", "--", str(dump_file)), timeout_s=timeout_s, stdout=into)
+
+
+def unpack_folder(dump_file: Path, *, into: Path, timeout_s: float) -> Command:
+    """Unpack a dump of several jobs into a folder that is there."""
+    argv = ("tar", "--extract", f"--file={dump_file}", f"--directory={into}", "--no-same-owner")
+    return Command(argv, timeout_s=timeout_s)
 
 
 def globals_(server: Server, role: str, dbname: str, *, into: Path, timeout_s: float) -> Command:

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from runbook_lib import backup_files as on_disk
-from runbook_lib import progress, restore
+from runbook_lib import dumps, off_site, progress, restore
 from runbook_lib.adapters import archives, inventory
-from runbook_lib.canonical import canonical_json, sha256, sha256_file, write_atomically
-from runbook_lib.clock import Moment, utc_now
+from runbook_lib.canonical import canonical_json, sha256, sha256_file
+from runbook_lib.clock import utc_now
 from runbook_lib.commands import archive_files as files
 from runbook_lib.commands import postgres
 from runbook_lib.errors import PausedError, StepFailedError
 from runbook_lib.gate import gate_step
-from runbook_lib.model import Command, Recovery, StepResult
+from runbook_lib.model import Recovery, StepResult
 from runbook_lib.phases import prepare
 from runbook_lib.run import Run
-from runbook_lib.step import current_attempt, step
+from runbook_lib.step import step
 
 _MOST_SHOWN = 20
 
@@ -198,7 +198,7 @@ def _planned_archive(run: Run, host: str) -> Path:
 def dump_database(run: Run) -> StepResult:
     """pg_dump from an exported snapshot, with an inventory of exactly what that snapshot held, and the server's roles."""
     params, paths = run.params.database, on_disk.dump_paths(run)
-    found = _finished_dump(run)
+    found = dumps.finished(run)
     if found is not None:
         return found
     began = time.monotonic()
@@ -210,48 +210,28 @@ def dump_database(run: Run) -> StepResult:
         with run.services.database.connect(
             params.backup_role, params.production, application=f"{run.session_name}: snapshot"
         ) as connection:
-            _refuse_older_tool(run, connection.info.server_version)
+            dumps.refuse_older_tool(run, connection.info.server_version)
             snapshot = restore.export_snapshot(connection)
             known: dict[str, Any] = {"taken_at": utc_now(), "lsn": snapshot.lsn, "packed_by": packing.words}
-            command = _dump(run, snapshot.name, packing, part)
+            command = dumps.command(run, snapshot.name, packing, part)
             with (
                 progress.told(run.scratch, "dump", lambda: part.stat().st_size, total=_foretold(run)),
                 ThreadPoolExecutor(1) as pool,
             ):
                 dumping = pool.submit(copy_context().run, run.services.shell.run, command, name="pg_dump")
-                known["inventory"] = _take_inventory(run, snapshot.name, dumping)
+                known["inventory"] = dumps.take_inventory(run, snapshot.name, dumping)
                 # A dump that outlives this process is worth something only with it.
-                _note(run, known)
+                dumps.note(run, known)
                 dumping.result()
-        return _adopt_dump(run, part, final, known, time.monotonic() - began)
+        return dumps.adopt(run, part, final, known, time.monotonic() - began)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
 
 
-def _take_inventory(run: Run, snapshot: str, dumping: Future[Any]) -> dict[str, Any]:
-    params = run.params.database
-
-    def session() -> Any:
-        return run.services.database.connect(
-            params.backup_role, params.production, application=f"{run.session_name}: inventory"
-        )
-
-    def keep_on() -> None:
-        if dumping.done():
-            dumping.result()  # when the dump failed, nobody needs an inventory
-
-    return inventory.take(session, snapshot=snapshot, jobs=run.params.backup.jobs, keep_on=keep_on)
-
-
-def _finished_dump(run: Run) -> StepResult | None:
-    results = (on_disk.finished(run, path) for path in on_disk.dump_paths(run).values())
-    return next((result for result in results if result is not None), None)
-
-
 @dump_database.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    found = _finished_dump(run)
+    found = dumps.finished(run)
     if found is not None:
         return found
     # The executor is gone, pg_dump went on without it: its exit status says whether the dump is whole.
@@ -262,7 +242,7 @@ def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
     if final is not None and status.exists() and status.read_text().strip() == "0" and note.exists():
         known = json.loads(note.read_bytes())
         if known["attempt"] == intent["attempt"]:
-            return _adopt_dump(run, on_disk.part_of(final), final, known, 0.0)
+            return dumps.adopt(run, on_disk.part_of(final), final, known, 0.0)
     on_disk.fresh_parts(paths)
     return None
 
@@ -270,93 +250,15 @@ def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
 @dump_database.plan
 def _(run: Run) -> list[tuple[str, ...]]:
     wanted = run.params.backup.dump
-    packing = postgres.Packing({"gzip": None, "none": "0"}.get(wanted.compression, f"zstd:{wanted.level or 1}"))
+    own = {"gzip": None, "none": "0"}.get(wanted.compression, f"zstd:{wanted.level or 1}")
+    packing = postgres.Packing(own, jobs=run.params.backup.jobs if wanted.format == "directory" else 0)
     part = on_disk.part_of(on_disk.dump_paths(run)[packing.suffix])
     globals_ = run.folder / "artifacts/backup/globals.sql"
     return [
         ("call", "pg_export_snapshot, inventory"),
-        _dump(run, "SNAPSHOT", packing, part).argv,
-        _globals(run, globals_).argv,
+        dumps.command(run, "SNAPSHOT", packing, part).argv,
+        dumps.globals_(run, globals_).argv,
     ]
-
-
-def _server(run: Run) -> postgres.Server:
-    params = run.params.database
-    return postgres.Server(params.host, params.port, params.passfile)
-
-
-def _dump(run: Run, snapshot: str, packing: postgres.Packing, part: Path) -> Command:
-    params = run.params.database
-    return postgres.dump(
-        _server(run),
-        params.backup_role,
-        params.production,
-        snapshot=snapshot,
-        packing=packing,
-        into=part,
-        timeout_s=run.params.backup.timeout_s,
-    )
-
-
-def _globals(run: Run, into: Path) -> Command:
-    params = run.params.database
-    return postgres.globals_(
-        _server(run), params.backup_role, params.maintenance, into=into, timeout_s=run.params.backup.timeout_s
-    )
-
-
-def _refuse_older_tool(run: Run, server_version: int) -> None:
-    said = run.services.shell.run(postgres.version(), name="pg_dump-version").output.strip()
-    tool, server = postgres.major(said), server_version // 10000
-    if tool < server:
-        raise StepFailedError(
-            f"pg_dump is {said or 'unknown'}, the server is PostgreSQL {server}: an older tool can leave things out",
-            remedy="install the server's client programs and set database.bin",
-        )
-
-
-def _note(run: Run, content: Mapping[str, Any]) -> None:
-    attempt = current_attempt()
-    number = attempt.number if attempt is not None else 0
-    write_atomically(
-        on_disk.scratch(run) / "dump-inventory.json", canonical_json({"attempt": number, **content}), mode=0o600
-    )
-
-
-def _adopt_dump(run: Run, part: Path, final: Path, known: Mapping[str, Any], duration_s: float) -> StepResult:
-    """Give a dump that pg_dump ended well its name, with its inventory and the server's roles beside it.
-
-    Args:
-        known: what `_note` keeps.
-        duration_s: of the dump and its inventory; 0 for a dump that went on by itself.
-    """
-    if part.stat().st_size == 0:
-        raise StepFailedError(f"pg_dump wrote nothing into {part}", remedy="look at its log, then resume")
-    on_disk.sync(part)
-    source, taken_at, lsn = known["inventory"], known["taken_at"], known["lsn"]
-    kept = run.keep("backup/inventory.json", canonical_json({"taken_at": taken_at, "lsn": lsn, **source}))
-    globals_ = on_disk.scratch(run) / "globals.sql"
-    run.services.shell.run(_globals(run, globals_), name="pg_dumpall")
-    roles = run.keep("backup/globals.sql", globals_.read_bytes())
-    facts = {
-        "file": str(final),
-        "bytes": part.stat().st_size,
-        "sha256": sha256_file(part),
-        "database bytes": source["size_bytes"],
-        "packed by": known["packed_by"],
-        "server": source["server_version"],
-        "tables": len(source["tables"]),
-        "rows": inventory.rows(source),
-        "taken at": taken_at,
-        "lsn": lsn,
-        "duration_s": round(duration_s, 3),
-        "throughput": f"{source['size_bytes'] / duration_s / 1e6:.1f} MB/s" if duration_s else "unknown",
-        "not provable": source["not_provable"],
-        "loss window": f"a restore loses what is written after {taken_at}, LSN {lsn}",
-    }
-    result = StepResult(facts=facts, artifacts=(kept, roles))
-    on_disk.finish(run, part, final, result)
-    return result
 
 
 @step(
@@ -369,7 +271,7 @@ def _adopt_dump(run: Run, part: Path, final: Path, known: Mapping[str, Any], dur
 )
 def validate_backup(run: Run) -> StepResult:
     """A listing proves nothing: the dump is restored and compared table by table, the archives file by file."""
-    source = _inventory(run)
+    source = off_site.inventory_of(run)
     report: dict[str, Any] = {
         "dump": restore.prove_dump(
             on_disk.dump_path(run),
@@ -383,11 +285,12 @@ def validate_backup(run: Run) -> StepResult:
     }
     problems = list(report["dump"]["differences"])
     for host in _hosts(run):
-        listed = json.loads((run.folder / "artifacts" / f"backup/files-{host}.json").read_bytes())["files"]
-        found = archives.read(on_disk.archive_path(run, host)).files
-        wrong = sorted(name for name in {*listed, *found} if listed.get(name) != found.get(name))
-        report["archives"][host] = {"files": len(found), "wrong": wrong}
-        problems += [f"{host}: {name} is not what was archived" for name in wrong]
+        # It was unpacked and compared file by file when it was written: the same bytes hold the same files.
+        path, was = on_disk.archive_path(run, host), off_site.fact(run, archive_files.key(host), "sha256")
+        now = sha256_file(path) if path.is_file() else "missing"
+        report["archives"][host] = {"files": run.state.fact(archive_files.key(host), "files"), "sha256": now}
+        if now != was:
+            problems.append(f"{path.name} has sha256 {now}, it had {was} when it was compared with its source")
     kept = run.keep("backup/restore_report.json", json.dumps(report, indent=1) + "\n")
     same = sum(1 for table in report["dump"]["tables"] if table["same"])
     facts = {
@@ -412,8 +315,8 @@ def validate_backup(run: Run) -> StepResult:
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
     # What a killed proof leaves is its scratch database; a proof is whole or it is made again.
     scratch_database(run).drop()
-    for left in Path(run.params.backup.directory).glob(f"{run.run_id}*.plain.part"):
-        left.unlink()
+    for path in on_disk.dump_paths(run).values():
+        restore.remove(restore.plain_of(path))
     return None
 
 
@@ -426,7 +329,7 @@ def _(run: Run) -> list[tuple[str, ...]]:
         postgres.read_through(path, timeout_s=limit).argv,
         ("call", f"create database {name}"),
         postgres.restore(
-            _server(run), params.admin_role, name, path, timeout_s=limit, jobs=run.params.backup.jobs
+            dumps.server(run), params.admin_role, name, path, timeout_s=limit, jobs=run.params.backup.jobs
         ).argv,
         ("call", f"compare table by table, drop database {name}"),
     ]
@@ -454,30 +357,21 @@ def replicate_off_site(run: Run) -> StepResult:
             remedy="turn its versioning on, then resume",
         )
     store = run.services.store
-    total, before = sum(path.stat().st_size for path, _ in _copies(run)), store.sent_bytes
+    total, before = sum(path.stat().st_size for path, _ in off_site.copies(run)), store.sent_bytes
     with progress.told(run.scratch, "copies off site", lambda: store.sent_bytes - before, total=total):
-        _at_once(run, lambda path, digest: store.put(path, _remote_key(run, path), sha256=digest, retain=True))
-    return _read_back(run)
-
-
-def _at_once(run: Run, work: Callable[[Path, str], Any]) -> list[Any]:
-    """Do something with every copy, some at a time; the first error is raised when those that began have ended."""
-    with ThreadPoolExecutor(run.params.backup.parallel) as pool:
-        begun = [pool.submit(work, path, digest) for path, digest in _copies(run)]
-        try:
-            return [one.result() for one in begun]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        off_site.at_once(
+            run, lambda path, digest: store.put(path, off_site.remote_key(run, path), sha256=digest, retain=True)
+        )
+    return off_site.read_back(run)
 
 
 @replicate_off_site.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    for path, digest in _copies(run):
-        stored = run.services.store.find(_remote_key(run, path))
+    for path, digest in off_site.copies(run):
+        stored = run.services.store.find(off_site.remote_key(run, path))
         if stored is None or stored.sha256 != digest:
             return None
-    return _read_back(run)
+    return off_site.read_back(run)
 
 
 @replicate_off_site.plan
@@ -487,72 +381,9 @@ def _(run: Run) -> list[tuple[str, ...]]:
     besides = (Path("inventory.json"), Path("globals.sql"))
     paths = [dump, *(_planned_archive(run, host) for host in _hosts(run)), *besides]
     return [
-        ("call", f"put {path.name} to s3://{store.bucket}/{store.prefix}/{_remote_key(run, path)}") for path in paths
+        ("call", f"put {path.name} to s3://{store.bucket}/{store.prefix}/{off_site.remote_key(run, path)}")
+        for path in paths
     ]
-
-
-def _copies(run: Run) -> list[tuple[Path, str]]:
-    """Every file that goes off site, with the digest that its own step recorded."""
-    known = [(on_disk.dump_path(run), _fact(run, dump_database.key(), "sha256"))]
-    known += [(on_disk.archive_path(run, host), _fact(run, archive_files.key(host), "sha256")) for host in _hosts(run)]
-    besides = [run.folder / "artifacts" / "backup" / name for name in ("inventory.json", "globals.sql")]
-    return [*known, *((path, sha256_file(path)) for path in besides)]
-
-
-def _remote_key(run: Run, path: Path) -> str:
-    return f"{run.run_id}/{path.name}"
-
-
-def _read_back(run: Run) -> StepResult:
-    began = time.monotonic()
-    copies = _at_once(run, lambda path, digest: _read_one_back(run, path, digest))
-    duration_s = time.monotonic() - began
-    kept = run.keep("backup/off_site.json", json.dumps(copies, indent=1) + "\n")
-    store = run.params.backup.store
-    facts = {
-        "store": f"s3://{store.bucket}/{store.prefix}/{run.run_id}/",
-        "files": len(copies),
-        "bytes": sum(copy["bytes"] for copy in copies),
-        "read back": f"every byte, sha256 equal, in {duration_s:.1f} s",
-        "encrypted": sorted({str(copy["encryption"] or "by the bucket's own rule") for copy in copies}),
-        "retained until": min(
-            (str(copy["retained_until"]) for copy in copies if copy["retained_until"]), default="no lock"
-        ),
-        "versions": {copy["file"]: copy["version_id"] for copy in copies},
-    }
-    return StepResult(facts=facts, artifacts=(kept,))
-
-
-def _read_one_back(run: Run, path: Path, digest: str) -> dict[str, Any]:
-    store, wanted = run.services.store, run.params.backup.store
-    stored = store.find(_remote_key(run, path))
-    if stored is None:
-        raise StepFailedError(f"{_remote_key(run, path)} is not in the store", remedy=f"runbook resume {run.run_id}")
-    if wanted.encryption is not None and stored.encryption != wanted.encryption:
-        raise StepFailedError(
-            f"{stored.key} is stored with encryption {stored.encryption}, not {wanted.encryption}",
-            remedy="look at the bucket and its keys",
-        )
-    if wanted.retain_days and stored.retained_until is None:
-        raise StepFailedError(
-            f"{stored.key} is not retained, {wanted.retain_days} days are wanted",
-            remedy="turn on the bucket's Object Lock",
-        )
-    found, size_bytes = store.read_back(stored)
-    if found != digest:
-        raise StepFailedError(
-            f"{stored.key} came back with sha256 {found}, expected {digest}",
-            remedy="do not trust the store: look at it before going on",
-        )
-    return {
-        "file": path.name,
-        "key": stored.key,
-        "version_id": stored.version_id,
-        "sha256": found,
-        "bytes": size_bytes,
-        "encryption": stored.encryption,
-        "retained_until": stored.retained_until,
-    }
 
 
 @step(
@@ -566,7 +397,7 @@ def compare_hashes(run: Run) -> StepResult:
     remote = {copy["file"]: copy for copy in json.loads((run.folder / "artifacts/backup/off_site.json").read_bytes())}
     hosts = {on_disk.archive_path(run, host).name: host for host in _hosts(run)}
     dump, entries, unequal = on_disk.dump_path(run), [], []
-    for path, source in _copies(run):
+    for path, source in off_site.copies(run):
         copy = remote.get(path.name, {})
         local = sha256_file(path) if path.is_file() else "missing"
         equal = source == local == copy.get("sha256")
@@ -591,22 +422,22 @@ def compare_hashes(run: Run) -> StepResult:
                 "equal": equal,
             }
         )
-    proof = _proof(run)
-    loss = _loss_window(run)
+    proof = off_site.proof_of(run)
+    loss = off_site.loss_window(run)
     manifest = {
         "run": run.run_id,
         "environment": run.release.environment,
         "version": run.release.version,
         "commit": run.release.commit,
         "database": run.params.database.production,
-        "taken_at": _fact(run, dump_database.key(), "taken at"),
+        "taken_at": off_site.fact(run, dump_database.key(), "taken at"),
         "files": entries,
         "loss_window": loss,
         "proof": proof,
-        "inventory": _inventory(run),
+        "inventory": off_site.inventory_of(run),
     }
     kept = run.keep("backup/manifest.json", json.dumps(manifest, indent=1) + "\n")
-    age_s = _age_s(run)
+    age_s = off_site.age_s(run)
     facts = {
         "backup": f"source = local = S3 for {len(entries) - len(unequal)} of {len(entries)} files, restore "
         f"{'proved' if proof['equal'] else 'not proved'}, {proof['tables']:,} tables, {proof['rows']:,} rows",
@@ -624,58 +455,12 @@ def compare_hashes(run: Run) -> StepResult:
     return StepResult(facts=facts, artifacts=(kept,))
 
 
-def _proof(run: Run) -> dict[str, Any]:
-    """How the proof by restore ended; it is a step of its own, and gate 1 asks for it."""
-    source = _inventory(run)
-    report = run.folder / "artifacts" / "backup/restore_report.json"
-    proved = run.state.green(validate_backup.key()) and report.exists()
-    return {
-        "equal": proved and bool(json.loads(report.read_bytes())["dump"]["equal"]),
-        "report_sha256": sha256_file(report) if proved else None,
-        "tables": len(source["tables"]),
-        "rows": inventory.rows(source),
-        "not_covered": source["not_provable"],
-    }
-
-
-def _loss_window(run: Run) -> dict[str, Any]:
-    """What a restore would lose: from the snapshot on."""
-    params, lsn = run.params.database, _fact(run, dump_database.key(), "lsn")
-    with run.services.database.connect(
-        params.backup_role, params.production, application=f"{run.session_name}: loss window"
-    ) as connection:
-        now, written = inventory.written_since(connection, lsn)
-    return {
-        "since": _fact(run, dump_database.key(), "taken at"),
-        "lsn": lsn,
-        "lsn_now": now,
-        "written_bytes": written,
-    }
-
-
 @compare_hashes.plan
 def _(run: Run) -> list[tuple[str, ...]]:
     return [
         ("call", f"sha256 of {path.name}")
         for path in (on_disk.dump_paths(run)[".dump"], *(_planned_archive(run, host) for host in _hosts(run)))
     ]
-
-
-def _age_s(run: Run) -> float:
-    """Since when a restore would lose writes, in seconds: since the dump's step began, whoever set the clock meanwhile."""
-    begun = run.state.step(dump_database.key())
-    return Moment.now().since(Moment.of(begun.intent_time, begun.intent.get("clock", {})))
-
-
-def _inventory(run: Run) -> dict[str, Any]:
-    return dict(json.loads((run.folder / "artifacts/backup/inventory.json").read_bytes()))
-
-
-def _fact(run: Run, key: str, name: str) -> Any:
-    value = run.state.fact(key, name)
-    if value is None:
-        raise StepFailedError(f"{key} recorded no {name}", remedy=f"runbook status {run.run_id}")
-    return value
 
 
 sign_off = gate_step(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,6 +105,46 @@ def test_files_are_archived_and_compared(host: Host, shell: LocalShell, tmp_path
     assert found.plain_bytes == 12
     size = shell.run(host.command(archive_files.size(files)), name="du")
     assert archive_files.parse_size(size.output) > 0
+
+
+@pytest.mark.parametrize("python", ["", "exit 1", "there is none"])
+def test_the_list_of_files_is_the_same_with_and_without_python(
+    shell: LocalShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: str
+) -> None:
+    home, tools = tmp_path / "home", tmp_path / "tools"
+    (home / "releases" / "abc").mkdir(parents=True)
+    (home / "releases" / "abc" / "odd\nname 'x'").write_bytes(b"\0\1")
+    (home / "releases" / "link").symlink_to("abc/odd\nname 'x'")
+    (home / "current").symlink_to("releases/abc")
+    (home / "single").write_text("x")
+    (home / "empty").mkdir()
+    os.mkfifo(home / "releases" / "abc" / "fifo")
+    tools.mkdir()
+    for tool in ("sh", "find", "sha256sum"):
+        (tools / tool).symlink_to(str(shutil.which(tool)))
+    if python != "there is none":
+        (tools / "python3").write_text(f'#!/bin/sh\n{python}\nexec {sys.executable} "$@"\n')
+        (tools / "python3").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools))
+    listed = archive_files.manifest(("current", "releases", "single", "empty"), into=tmp_path / "l", timeout_s=30)
+
+    shell.run(LocalHost("app-01", str(home)).command(listed), name="manifest")
+
+    name, two = "odd\nname 'x'", hashlib.sha256(b"\0\1").hexdigest()
+    assert archive_files.parse_manifest((tmp_path / "l").read_bytes()) == {
+        f"current/{name}": two,
+        f"releases/abc/{name}": two,
+        "single": hashlib.sha256(b"x").hexdigest(),
+    }
+
+
+@pytest.mark.parametrize("name", ["gone", "shut"])
+def test_a_file_that_cannot_be_read_stops_the_list(host: Host, shell: LocalShell, tmp_path: Path, name: str) -> None:
+    (Path(host.home) / "shut").symlink_to("shut")
+    listed = archive_files.manifest((name,), into=tmp_path / "l", timeout_s=30)
+
+    with pytest.raises(StepFailedError, match="exited 1"):
+        shell.run(host.command(listed), name="manifest")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,12 @@ from runbook_lib.params import Database as DatabaseParams
 from tests.ledgers import LedgerServer
 
 ZSTD = postgres.Packing("0", ("zstd", "-q", "-1"))
-PACKINGS = {"zstd": ZSTD, "gzip": postgres.Packing("1"), "none": postgres.Packing("0")}
+PACKINGS = {
+    "zstd": ZSTD,
+    "gzip": postgres.Packing("1"),
+    "none": postgres.Packing("0"),
+    "directory": postgres.Packing("1", jobs=2),
+}
 # Of each kind of damage: in the tests that everybody runs, and in the soak.
 FEW, MANY = 2, 25
 
@@ -189,6 +194,17 @@ def test_whatever_a_database_holds_is_proved_or_named(proofs: Proofs) -> None:
     assert one.inventory["server_version"]
 
 
+def test_a_dump_of_several_jobs_is_one_file_and_leaves_no_folder(proofs: Proofs) -> None:
+    name = proofs.make(UNUSUAL)
+    one = proofs.dump(name, PACKINGS["directory"])
+    cut = one.path.with_name("cut.dump.tar")
+    cut.write_bytes(one.path.read_bytes()[:-20_000])
+
+    assert proofs.why_not(one.path, one.manifest(sha256_file(one.path)), name) == []
+    assert proofs.why_not(cut, one.manifest(sha256_file(cut)), name)
+    assert {path.name for path in proofs.folder.iterdir()} == {one.path.name, cut.name, "logs"}
+
+
 def test_an_empty_database_is_proved_too(proofs: Proofs) -> None:
     name = proofs.make("")
     one = proofs.dump(name, ZSTD)
@@ -246,7 +262,7 @@ def test_every_damaged_dump_is_refused_and_every_good_one_passes(proofs: Proofs,
             wrongly_refused.append(f"{what}: {why}")
 
     for kind, packing in PACKINGS.items():
-        if kind == "gzip" and each == FEW:
+        if kind in ("gzip", "directory") and each == FEW:
             continue
         one = proofs.dump(name, packing)
         proved(one, kind)

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -151,7 +153,7 @@ def test_a_damaged_archive_does_not_pass(opened: Open) -> None:  # noqa: F811
     archive = backup_files.archive_path(one.run, "app-02")
     archive.write_bytes(archive.read_bytes()[:-2000])
 
-    with pytest.raises(StepFailedError, match=r"app-02\.tar\.zst cannot be read"):
+    with pytest.raises(StepFailedError, match=r"app-02\.tar\.zst has sha256"):
         backup.validate_backup(one.run)
 
 
@@ -528,6 +530,91 @@ def test_a_host_without_zstd_gets_a_gzipped_archive(opened: Open) -> None:  # no
     assert result.facts["app-01"]["packed by"] == "gzip -1"
     assert result.facts["app-01"]["sha256"] == result.facts["app-01"]["sha256 at source"]
     assert all(name.endswith(".tgz") for name in _kept(one))
+
+
+def test_a_dump_by_several_jobs_is_killed_and_made_again(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
+    tools = slow_tools("pg_dump", 'real "$@"; status=$?; case "$*" in *--snapshot*) sleep 2;; esac; exit $status')
+    one = opened(database__bin=str(tools), backup__dump="{format: directory}")
+    folder = Path(one.run.params.backup.directory)
+    one.kill_when("backup.dump_database", lambda: any(folder.glob("*.folder/toc.dat")))
+    for pid in alive(str(tools / "pg_dump")):
+        os.kill(pid, signal.SIGKILL)
+
+    with _path(tools):
+        backup.dump_database(one.run)
+        backup.archive_files(one.run)
+        assert backup.validate_backup(one.run).facts["differences"] == []
+
+    assert [path.name for path in folder.glob("*.dump*")] == [f"{one.run.run_id}.dump.tar"]
+
+
+def test_a_server_that_ends_the_sessions_during_the_dump_leaves_nothing(
+    opened: Open,
+    twin: dict[str, Any],
+    slow_tools: Tools,  # noqa: F811
+) -> None:
+    tools = slow_tools("pg_dump", 'case "$*" in *--snapshot*) touch "$0.begun"; sleep 2;; esac; real "$@"')
+    one = opened(database__bin=str(tools))
+
+    def end_them() -> None:
+        while not (tools / "pg_dump.begun").exists():
+            time.sleep(0.02)
+        with _admin(twin) as session:
+            session.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE starts_with(application_name, %s)",
+                (one.run.session_name,),
+            )
+
+    with _path(tools), ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(end_them)
+        with pytest.raises(StepFailedError):
+            backup.dump_database(one.run)
+        ending.result()
+
+    assert list(Path(one.run.params.backup.directory).iterdir()) == []
+    assert one.run.state.step("backup.dump_database").status is Status.FAILED
+    backup.dump_database(one.run)
+    assert one.run.state.green("backup.dump_database")
+
+
+def test_hosts_are_archived_at_once_and_one_that_fails_names_itself(
+    opened: Open,
+    slow_tools: Tools,  # noqa: F811
+) -> None:
+    line = 'case "$PWD" in *app-02) echo "tar: gone" >&2; exit 2;; esac; sleep 1; /usr/bin/tar "$@"'
+    tools = slow_tools("tar", line)
+    one = opened()
+
+    began = time.monotonic()
+    with _path(tools), pytest.raises(StepFailedError, match="tar-app-02"):
+        backup.archive_files(one.run)
+    took_s = time.monotonic() - began
+
+    state = one.run.state
+    others = [host for host in one.run.params.all_hosts if host != "app-02"]
+    assert all(state.green(f"backup.archive_files@{host}") for host in others)
+    assert state.step("backup.archive_files@app-02").status is Status.FAILED
+    intents = [e.data["step"] for e in one.run.ledger.events(one.run.run_id) if e.kind == "step_intent"]
+    outcomes = [e.data["step"] for e in one.run.ledger.events(one.run.run_id) if e.kind == "step_outcome"]
+    assert sorted(intents) == sorted(outcomes)
+    assert len(intents) == len(others) + 1
+    assert took_s < 60
+    backup.archive_files(one.run)
+    assert backup.archive_files.is_green(one.run, one.run.state)
+
+
+def test_killed_with_several_hosts_on_their_way_each_has_one_archive(opened: Open) -> None:  # noqa: F811
+    one = opened()
+    hosts = list(one.run.params.all_hosts)
+    folder = Path(one.run.params.backup.directory)
+    one.kill_when("backup.archive_files", lambda: len(list(folder.iterdir())) >= 2)
+
+    backup.archive_files(one.run)
+
+    assert {path.name for path in folder.iterdir()} == {f"{one.run.run_id}-{host}.tar.zst" for host in hosts}
+    for host in hosts:
+        green = [e for e in one.events("step_outcome", f"backup.archive_files@{host}") if e["status"] == "green"]
+        assert len(green) == 1
 
 
 def test_in_read_only_mode_no_file_may_change(opened: Open, slow_tools: Tools) -> None:  # noqa: F811

@@ -1,0 +1,123 @@
+"""Making a dump and its inventory from one snapshot, and taking over one that went on without its executor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from runbook_lib import backup_files as on_disk
+from runbook_lib.adapters import inventory
+from runbook_lib.canonical import canonical_json, sha256_file, write_atomically
+from runbook_lib.commands import postgres
+from runbook_lib.errors import StepFailedError
+from runbook_lib.model import Command, StepResult
+from runbook_lib.run import Run
+from runbook_lib.step import current_attempt
+
+
+def take_inventory(run: Run, snapshot: str, dumping: Future[Any]) -> dict[str, Any]:
+    """What the snapshot holds; ends when the dump beside it has failed."""
+    params = run.params.database
+
+    def session() -> Any:
+        return run.services.database.connect(
+            params.backup_role, params.production, application=f"{run.session_name}: inventory"
+        )
+
+    def keep_on() -> None:
+        if dumping.done():
+            dumping.result()  # when the dump failed, nobody needs an inventory
+
+    return inventory.take(session, snapshot=snapshot, jobs=run.params.backup.jobs, keep_on=keep_on)
+
+
+def finished(run: Run) -> StepResult | None:
+    """The result of a dump that a killed process finished."""
+    results = (on_disk.finished(run, path) for path in on_disk.dump_paths(run).values())
+    return next((result for result in results if result is not None), None)
+
+
+def server(run: Run) -> postgres.Server:
+    """Where the client programs connect to."""
+    params = run.params.database
+    return postgres.Server(params.host, params.port, params.passfile)
+
+
+def command(run: Run, snapshot: str, packing: postgres.Packing, part: Path) -> Command:
+    """The dump of a snapshot."""
+    params = run.params.database
+    return postgres.dump(
+        server(run),
+        params.backup_role,
+        params.production,
+        snapshot=snapshot,
+        packing=packing,
+        into=part,
+        timeout_s=run.params.backup.timeout_s,
+    )
+
+
+def globals_(run: Run, into: Path) -> Command:
+    """The server's roles and tablespaces."""
+    params = run.params.database
+    return postgres.globals_(
+        server(run), params.backup_role, params.maintenance, into=into, timeout_s=run.params.backup.timeout_s
+    )
+
+
+def refuse_older_tool(run: Run, server_version: int) -> None:
+    """Raise StepFailedError when pg_dump is older than the server."""
+    said = run.services.shell.run(postgres.version(), name="pg_dump-version").output.strip()
+    tool, needed = postgres.major(said), server_version // 10000
+    if tool < needed:
+        raise StepFailedError(
+            f"pg_dump is {said or 'unknown'}, the server is PostgreSQL {needed}: an older tool can leave things out",
+            remedy="install the server's client programs and set database.bin",
+        )
+
+
+def note(run: Run, content: Mapping[str, Any]) -> None:
+    """Keep what a dump that goes on without this process needs, to count."""
+    attempt = current_attempt()
+    number = attempt.number if attempt is not None else 0
+    write_atomically(
+        on_disk.scratch(run) / "dump-inventory.json", canonical_json({"attempt": number, **content}), mode=0o600
+    )
+
+
+def adopt(run: Run, part: Path, final: Path, known: Mapping[str, Any], duration_s: float) -> StepResult:
+    """Give a dump that pg_dump ended well its name, with its inventory and the server's roles beside it.
+
+    Args:
+        known: what `_note` keeps.
+        duration_s: of the dump and its inventory; 0 for a dump that went on by itself.
+    """
+    if part.stat().st_size == 0:
+        raise StepFailedError(f"pg_dump wrote nothing into {part}", remedy="look at its log, then resume")
+    on_disk.sync(part)
+    source, taken_at, lsn = known["inventory"], known["taken_at"], known["lsn"]
+    kept = run.keep("backup/inventory.json", canonical_json({"taken_at": taken_at, "lsn": lsn, **source}))
+    roles_sql = on_disk.scratch(run) / "globals.sql"
+    run.services.shell.run(globals_(run, roles_sql), name="pg_dumpall")
+    roles = run.keep("backup/globals.sql", roles_sql.read_bytes())
+    facts = {
+        "file": str(final),
+        "bytes": part.stat().st_size,
+        "sha256": sha256_file(part),
+        "database bytes": source["size_bytes"],
+        "packed by": known["packed_by"],
+        "server": source["server_version"],
+        "tables": len(source["tables"]),
+        "rows": inventory.rows(source),
+        "taken at": taken_at,
+        "lsn": lsn,
+        "duration_s": round(duration_s, 3),
+        "throughput": f"{source['size_bytes'] / duration_s / 1e6:.1f} MB/s" if duration_s else "unknown",
+        "not provable": source["not_provable"],
+        "loss window": f"a restore loses what is written after {taken_at}, LSN {lsn}",
+    }
+    result = StepResult(facts=facts, artifacts=(kept, roles))
+    on_disk.finish(run, part, final, result)
+    return result

@@ -1,0 +1,146 @@
+"""The copies of a backup in the object store, and what the manifest says of a backup as a whole."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from runbook_lib import backup_files as on_disk
+from runbook_lib.adapters import inventory
+from runbook_lib.canonical import sha256_file
+from runbook_lib.clock import Moment
+from runbook_lib.errors import StepFailedError
+from runbook_lib.model import StepResult
+from runbook_lib.run import Run
+
+
+def copies(run: Run) -> list[tuple[Path, str]]:
+    """Every file that goes off site, with the digest that its own step recorded."""
+    known = [(on_disk.dump_path(run), fact(run, on_disk.DUMP, "sha256"))]
+    known += [
+        (on_disk.archive_path(run, host), fact(run, on_disk.archive_key(host), "sha256"))
+        for host in run.params.all_hosts
+    ]
+    besides = [run.folder / "artifacts" / "backup" / name for name in ("inventory.json", "globals.sql")]
+    return [*known, *((path, sha256_file(path)) for path in besides)]
+
+
+def remote_key(run: Run, path: Path) -> str:
+    """The key of a copy in the store."""
+    return f"{run.run_id}/{path.name}"
+
+
+def at_once(run: Run, work: Callable[[Path, str], Any]) -> list[Any]:
+    """Do something with every copy, some at a time; the first error is raised when those that began have ended."""
+    with ThreadPoolExecutor(run.params.backup.parallel) as pool:
+        begun = [pool.submit(work, path, digest) for path, digest in copies(run)]
+        try:
+            return [one.result() for one in begun]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def read_back(run: Run) -> StepResult:
+    """Download every copy and hash it; StepFailedError names the one that is not what was sent."""
+    began = time.monotonic()
+    copies = at_once(run, lambda path, digest: _read_one_back(run, path, digest))
+    duration_s = time.monotonic() - began
+    kept = run.keep("backup/off_site.json", json.dumps(copies, indent=1) + "\n")
+    store = run.params.backup.store
+    facts = {
+        "store": f"s3://{store.bucket}/{store.prefix}/{run.run_id}/",
+        "files": len(copies),
+        "bytes": sum(copy["bytes"] for copy in copies),
+        "read back": f"every byte, sha256 equal, in {duration_s:.1f} s",
+        "encrypted": sorted({str(copy["encryption"] or "by the bucket's own rule") for copy in copies}),
+        "retained until": min(
+            (str(copy["retained_until"]) for copy in copies if copy["retained_until"]), default="no lock"
+        ),
+        "versions": {copy["file"]: copy["version_id"] for copy in copies},
+    }
+    return StepResult(facts=facts, artifacts=(kept,))
+
+
+def _read_one_back(run: Run, path: Path, digest: str) -> dict[str, Any]:
+    store, wanted = run.services.store, run.params.backup.store
+    stored = store.find(remote_key(run, path))
+    if stored is None:
+        raise StepFailedError(f"{remote_key(run, path)} is not in the store", remedy=f"runbook resume {run.run_id}")
+    if wanted.encryption is not None and stored.encryption != wanted.encryption:
+        raise StepFailedError(
+            f"{stored.key} is stored with encryption {stored.encryption}, not {wanted.encryption}",
+            remedy="look at the bucket and its keys",
+        )
+    if wanted.retain_days and stored.retained_until is None:
+        raise StepFailedError(
+            f"{stored.key} is not retained, {wanted.retain_days} days are wanted",
+            remedy="turn on the bucket's Object Lock",
+        )
+    found, size_bytes = store.read_back(stored)
+    if found != digest:
+        raise StepFailedError(
+            f"{stored.key} came back with sha256 {found}, expected {digest}",
+            remedy="do not trust the store: look at it before going on",
+        )
+    return {
+        "file": path.name,
+        "key": stored.key,
+        "version_id": stored.version_id,
+        "sha256": found,
+        "bytes": size_bytes,
+        "encryption": stored.encryption,
+        "retained_until": stored.retained_until,
+    }
+
+
+def proof_of(run: Run) -> dict[str, Any]:
+    """How the proof by restore ended; it is a step of its own, and gate 1 asks for it."""
+    source = inventory_of(run)
+    report = run.folder / "artifacts" / "backup/restore_report.json"
+    proved = run.state.green(on_disk.VALIDATE) and report.exists()
+    return {
+        "equal": proved and bool(json.loads(report.read_bytes())["dump"]["equal"]),
+        "report_sha256": sha256_file(report) if proved else None,
+        "tables": len(source["tables"]),
+        "rows": inventory.rows(source),
+        "not_covered": source["not_provable"],
+    }
+
+
+def loss_window(run: Run) -> dict[str, Any]:
+    """What a restore would lose: from the snapshot on."""
+    params, lsn = run.params.database, fact(run, on_disk.DUMP, "lsn")
+    with run.services.database.connect(
+        params.backup_role, params.production, application=f"{run.session_name}: loss window"
+    ) as connection:
+        now, written = inventory.written_since(connection, lsn)
+    return {
+        "since": fact(run, on_disk.DUMP, "taken at"),
+        "lsn": lsn,
+        "lsn_now": now,
+        "written_bytes": written,
+    }
+
+
+def age_s(run: Run) -> float:
+    """Since when a restore would lose writes, in seconds: since the dump's step began, whoever set the clock meanwhile."""
+    begun = run.state.step(on_disk.DUMP)
+    return Moment.now().since(Moment.of(begun.intent_time, begun.intent.get("clock", {})))
+
+
+def inventory_of(run: Run) -> dict[str, Any]:
+    """What the dump's snapshot held."""
+    return dict(json.loads((run.folder / "artifacts/backup/inventory.json").read_bytes()))
+
+
+def fact(run: Run, key: str, name: str) -> Any:
+    """A fact that an earlier step recorded; StepFailedError when it did not."""
+    value = run.state.fact(key, name)
+    if value is None:
+        raise StepFailedError(f"{key} recorded no {name}", remedy=f"runbook status {run.run_id}")
+    return value
