@@ -35,7 +35,7 @@ _SIGNATURES, _CANONICAL, _BACKUP = (
     "runbook_lib/canonical.py",
     "runbook_lib/phases/backup.py",
 )
-_CLOCK = "runbook_lib/clock.py"
+_CLOCK, _DUMPS, _OFF_SITE = (f"runbook_lib/{name}.py" for name in ("clock", "dumps", "off_site"))
 _RESTORE, _FILES, _MIRROR = "runbook_lib/restore.py", "runbook_lib/backup_files.py", "runbook_lib/mirror.py"
 _OBJECTS, _SHELL, _PROCESSES = (f"runbook_lib/adapters/{name}.py" for name in ("objects", "shell", "processes"))
 _SEAL, _VERIFY, _VERIFY_DECISIONS = (
@@ -233,7 +233,7 @@ _DURABLE = (
     ),
     Guard(
         "a dump is on disk before it gets its name",
-        _BACKUP,
+        _DUMPS,
         "    on_disk.sync(part)\n    source, taken_at",
         "    source, taken_at",
         (f"{_T_BACKUP}a_backup_is_on_disk_before_it_gets_its_name",),
@@ -667,12 +667,12 @@ _BACKUPS = (
         "a dump that failed leaves nothing under its scratch name",
         _BACKUP,
         """\
-        return _adopt_dump(run, part, final, known, time.monotonic() - began)
+        return dumps.adopt(run, part, final, known, time.monotonic() - began)
     except BaseException:
         part.unlink(missing_ok=True)
 """,
         """\
-        return _adopt_dump(run, part, final, known, time.monotonic() - began)
+        return dumps.adopt(run, part, final, known, time.monotonic() - began)
     except BaseException:
 """,
         (f"{_T_BACKUP}a_failing_pg_dump_leaves_nothing",),
@@ -728,7 +728,7 @@ _BACKUPS = (
     ),
     Guard(
         "an off-site copy is read back and compared",
-        _BACKUP,
+        _OFF_SITE,
         "    if found != digest:\n",
         "    if False:\n",
         (f"{_T_BACKUP}a_copy_that_comes_back_as_something_else_is_no_copy",),
