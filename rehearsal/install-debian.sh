@@ -1,6 +1,5 @@
 #!/bin/sh
-# Installs the twin's system parts where that may be done: the OpenSSH server, for hosts that are reached by ssh, and zstd,
-# with which backups are packed when both ends have it.
+# Installs the twin's system parts where that may be done: the OpenSSH server, for hosts that are reached by ssh, and zstd.
 # Tests start their own sshd on loopback ports; the system's is neither started nor enabled by this.
 # Says in one line what it did or why it could not; never fails the caller.
 set -u
@@ -9,7 +8,7 @@ install_quietly() {
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends openssh-server zstd >/dev/null 2>&1
 }
 
-if { command -v sshd || [ -x /usr/sbin/sshd ]; } >/dev/null 2>&1 && command -v zstd >/dev/null 2>&1; then
+if { command -v sshd >/dev/null 2>&1 || [ -x /usr/sbin/sshd ]; } && command -v zstd >/dev/null 2>&1; then
     echo "install-debian: openssh-server and zstd are there"
     exit 0
 fi

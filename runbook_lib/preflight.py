@@ -46,7 +46,16 @@ def opener(params: Params, person: str) -> str:
 
 def tools_of(params: Params) -> list[str]:
     """The programs that a release calls on this machine."""
-    tools = ["git", "ssh-keygen", "tar", "ansible-playbook", "pg_dump", "pg_restore", params.migrations.executable]
+    tools = [
+        "git",
+        "ssh-keygen",
+        "tar",
+        "ansible-playbook",
+        "pg_dump",
+        "pg_dumpall",
+        "pg_restore",
+        params.migrations.executable,
+    ]
     return [*tools, "ssh"] if any(host.address.startswith("ssh:") for host in params.all_hosts.values()) else tools
 
 
