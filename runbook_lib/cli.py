@@ -783,8 +783,10 @@ def backup_prove(
     where = environment or str(known.get("environment", ""))
     if not where:
         raise UsageError(f"{manifest} names no environment", remedy="say whose server restores it: --environment ENV")
+    params = wiring.load_params(where)
+    restore.asked_of(dump, known)
     try:
-        with wiring.looking_around(wiring.load_params(where)) as run:
+        with wiring.looking_around(params) as run:
             report = restore.prove_against_manifest(
                 dump,
                 known,

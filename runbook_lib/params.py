@@ -148,6 +148,12 @@ class ObjectStore(_Strict):
     retain_days: Annotated[int, Field(ge=0, le=36500)] = 0
     retain_mode: Literal["GOVERNANCE", "COMPLIANCE"] = "GOVERNANCE"
 
+    @model_validator(mode="after")
+    def _key(self) -> ObjectStore:
+        if self.kms_key is not None and self.encryption != "aws:kms":
+            raise ValueError("kms_key: a store takes one with encryption: aws:kms only")
+        return self
+
 
 class ArchiveParams(_Strict):
     compression: Literal["auto", "zstd", "gzip"] = "auto"
@@ -166,13 +172,19 @@ class DumpParams(_Strict):
     compression: Literal["auto", "zstd", "gzip", "none"] = "auto"
     level: Annotated[int, Field(ge=1, le=19)] | None = None
 
+    @model_validator(mode="after")
+    def _level(self) -> DumpParams:
+        if self.level is not None and self.level > 9 and self.compression == "gzip":
+            raise ValueError("level: gzip knows 1 to 9; more needs compression: zstd")
+        return self
+
 
 class Backup(_Strict):
     directory: Absolute
     free_ratio: Annotated[float, Field(ge=0.0, le=0.9)] = 0.15
     max_age_s: Seconds = 86400.0
     timeout_s: Seconds = 7200.0
-    scratch_capacity_bytes: Annotated[int, Field(gt=0)] | None = None
+    scratch_capacity_bytes: Annotated[int, Field(gt=0, le=_MOST_BYTES)] | None = None
     parallel: Annotated[int, Field(ge=1, le=32)] = 4
     jobs: Annotated[int, Field(ge=1, le=64)] = 2
     dump: DumpParams = DumpParams()

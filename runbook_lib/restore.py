@@ -250,11 +250,27 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", remedy="give its path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(_NO_MANIFEST, remedy="give artifacts/backup/manifest.json") from error
     if not isinstance(manifest, dict):
         raise UsageError(_NO_MANIFEST, remedy="give artifacts/backup/manifest.json")
     return manifest
+
+
+def asked_of(dump_file: Path, manifest: Mapping[str, Any]) -> tuple[str, Any, str]:
+    """What a manifest says that a dump must be: its digest, its inventory, and the run that made it.
+
+    Raises:
+        UsageError: this is no manifest, or there is no dump.
+    """
+    try:
+        expected = next(str(entry["source_sha256"]) for entry in manifest["files"] if entry["kind"] == "dump")
+        asked = expected, manifest["inventory"], str(manifest["run"])
+    except (KeyError, TypeError, StopIteration) as error:
+        raise UsageError(_NO_MANIFEST, remedy="give artifacts/backup/manifest.json") from error
+    if not os.path.isfile(dump_file):  # noqa: PTH113  # never raises: no file can have some names
+        raise UsageError(f"there is no dump {dump_file}", remedy="give the path of the .dump file")
+    return asked
 
 
 def prove_against_manifest(
@@ -281,13 +297,7 @@ def prove_against_manifest(
         UsageError: this is no manifest, or there is no dump.
         StepFailedError: the dump cannot be read or restored.
     """
-    try:
-        expected = next(str(entry["source_sha256"]) for entry in manifest["files"] if entry["kind"] == "dump")
-        source, run_id = manifest["inventory"], str(manifest["run"])
-    except (KeyError, TypeError, StopIteration) as error:
-        raise UsageError(_NO_MANIFEST, remedy="give artifacts/backup/manifest.json") from error
-    if not dump_file.is_file():
-        raise UsageError(f"there is no dump {dump_file}", remedy="give the path of the .dump file")
+    expected, source, run_id = asked_of(dump_file, manifest)
     token = random.token_hex(6)
     scratch = ScratchDatabase(database, params, f"{SCRATCH_PREFIX}{token}", f"runbook proof {token} of {run_id}")
     found = sha256_file(dump_file)

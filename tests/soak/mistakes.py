@@ -199,6 +199,10 @@ _PLACES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("a worker named like a web host", "hosts.workers.app-01", {"hosts.workers.app-01": _WEB}),
     ("no web host has a url", "hosts.web", {"hosts.web.app-01.url": None, "hosts.web.app-02.url": None}),
     ("two spot checks of one name", "spot_checks", {"spot_checks.checks": _TWO_CHECKS}),
+    ("archives: a level that gzip has not", "level", {"backup.archive": {"compression": "gzip", "level": 19}}),
+    ("dumps: a level that gzip has not", "level", {"backup.dump": {"compression": "gzip", "level": 19}}),
+    ("a KMS key and no KMS", "kms_key", {"backup.store.encryption": None}),
+    ("a KMS key for AES256", "kms_key", {"backup.store.encryption": "AES256"}),
 )
 _LOCAL: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("message folders", "messages.chat", {}),
@@ -209,7 +213,7 @@ _LOCAL: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 
 def _together() -> Iterator[Mistake]:
-    for kind, table in (("people and gates", _PEOPLE), ("databases, hosts and checks", _PLACES)):
+    for kind, table in (("people and gates", _PEOPLE), ("databases, hosts, backups and checks", _PLACES)):
         for name, says, change in table:
             yield Mistake(kind, name, says, tuple(change.items()))
     for name, says, change in _LOCAL:
@@ -352,6 +356,19 @@ def _of_words() -> Iterator[Mistake]:
     for words in (("x" * 300,), ("verify", "x" * 300, "--trust", "/nowhere"), ("verify", "/", "--trust", "x" * 300)):
         yield _mistake("other words", words, "xxx")
     yield _mistake("other words", ("judge", "x" * 300), "File name too long")
+    proof = ("backup", "prove", "{home}/there/vault", "--manifest", "{home}/m.json")
+    of_shop = [
+        '{"environment": "shop"}',
+        '{"files": [{}], "environment": "shop"}',
+        '{"files": 1, "environment": "shop"}',
+    ]
+    for text in ("[]", "7", *of_shop, "[" * 100_000, "\x00"):
+        yield _mistake("other words", proof, "this is no manifest", files={"m.json": text}, also=f" {short(text)}")
+    for text in ("{}", '{"environment": ""}'):
+        yield _mistake("other words", proof, "names no environment", files={"m.json": text}, also=f" {short(text)}")
+    yield _mistake(
+        "other words", (*proof[:2], "x" * 300, "--manifest", "{home}/there/manifest.json"), "there is no dump"
+    )
     for text in (*_DATA["rules"], "[" * 1000, f"floor_rps: {'9' * 400}\n"):
         words = ("judge", "{home}/there/series.csv", "--config", "{home}/rules.yml")
         yield _mistake("other words", words, "columns", files={"rules.yml": text}, also=f" {short(text)}")

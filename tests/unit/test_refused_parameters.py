@@ -46,7 +46,7 @@ def test_a_mistake_on_the_command_line_is_refused_and_nothing_is_done(worlds: Wo
 # What the schema alone refuses; the others are told by the file's text, by facts, or by a look at the machine.
 SCHEMA = {
     *("wrong type", "null", "empty", "out of range", "wrong text", "secret as a value", "missing key", "unknown key"),
-    *("wrong name", "people and gates", "databases, hosts and checks", "local in production"),
+    *("wrong name", "people and gates", "databases, hosts, backups and checks", "local in production"),
 }
 
 
