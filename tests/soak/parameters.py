@@ -427,15 +427,17 @@ class Worlds:
         }
 
 
-def draw(number: int, size: int, strategy: st.SearchStrategy[Any], one: Callable[[Any], Result]) -> list[Result]:
-    """So many results, drawn from a seed of their own."""
+def draw(
+    number: int, size: int, strategy: st.SearchStrategy[Any], one: Callable[[Any], Result], known: set[str]
+) -> list[Result]:
+    """So many results of inputs that are not known yet, drawn from a seed of their own."""
     results: list[Result] = []
     again = 0
     while len(results) < size:
 
         @seed(number * 1000 + again)
         @settings(
-            max_examples=size - len(results),
+            max_examples=max(20, size - len(results)),
             database=None,
             deadline=None,
             phases=[Phase.generate],
@@ -443,8 +445,10 @@ def draw(number: int, size: int, strategy: st.SearchStrategy[Any], one: Callable
         )
         @given(strategy)
         def take(drawn: Any) -> None:
-            if len(results) < size:
-                results.append(one(drawn))
+            result = one(drawn)
+            if len(results) < size and (result.name not in known or not result.good):
+                known.add(result.name)
+                results.append(result)
 
         take()
         again += 1
@@ -502,11 +506,12 @@ def main() -> None:
                     print(f"{number} of {len(curated)} curated ones", flush=True)
         for name, (share, strategy, one) in worlds.drawn().items():
             left, number = round(told.drawn * share), 0
+            drawn = {r.name for r in results if r.batch.startswith(f"{name} ")}
             while left > 0:
                 size = min(_BATCH, left)
                 batch = f"{name} {number}, {size}"
                 if batch not in batches:
-                    found = draw(number, size, strategy, one)
+                    found = draw(number, size, strategy, one, drawn)
                     for result in found:
                         result.batch = batch
                     keep(found)
