@@ -231,7 +231,7 @@ def known_ledgers(silent: list[str]) -> Iterator[tuple[Ledger, Params | None]]:
         except UsageError:
             continue  # another environment's, which this machine is not set up for
         url = params.ledger or ""
-        if not url or url in seen or (url.startswith("sqlite:///") and not Path(url[len("sqlite:///") :]).exists()):
+        if not url or url in seen:
             continue
         seen.add(url)
         try:
