@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import re
 import unicodedata
 
 # Colours: every text/background pair below has a contrast of at least 4.5:1 in both schemes (WCAG 2.2 AA).
@@ -61,6 +62,23 @@ footer{color:var(--soft);font-size:13px;padding-bottom:32px}
 @media print{.card{break-inside:avoid}}
 """
 
+# For one output in a notebook: the same words in the same colours, in JupyterLab's theme, touching nothing around it.
+_LIGHT, _DARK = (";".join(re.findall(r"--[a-z-]+:#[0-9a-f]+", block)) for block in _STYLE.split("@media")[:2])
+_OUTPUT_STYLE = (
+    f".rb{{{_LIGHT};color:var(--text);font:14px/1.45 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}}"
+    f"body[data-jp-theme-light=false] .rb{{{_DARK}}}"
+    ".rb code,.rb pre{font:12.5px/1.4 ui-monospace,Menlo,Consolas,monospace;background:var(--code);border-radius:4px;padding:1px 4px;"
+    "overflow-wrap:anywhere}.rb pre{padding:8px 10px;overflow-x:auto;white-space:pre-wrap}"
+    ".rb .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px 14px;margin:4px 0;max-width:1000px}"
+    ".rb p{margin:0 0 4px}.rb .soft{color:var(--soft)}.rb .why{color:var(--bad)}.rb a{color:var(--link)}"
+    ".rb table{border-collapse:collapse;margin:2px 0}.rb th,.rb td{text-align:left;vertical-align:top;padding:2px 14px 2px 0;"
+    "background:none;border:0;white-space:normal}.rb th{font-weight:600}"
+    ".rb .pill{display:inline-block;border-radius:999px;padding:1px 9px;font-size:12.5px;font-weight:600;white-space:nowrap}"
+    ".rb .good{color:var(--good);background:var(--good-bg)}.rb .bad{color:var(--bad);background:var(--bad-bg)}"
+    ".rb .warn{color:var(--warn);background:var(--warn-bg)}.rb .plain{color:var(--soft);background:var(--code)}"
+    ".rb summary{cursor:pointer}.rb summary:focus-visible{outline:3px solid var(--link);outline-offset:2px}"
+)
+
 _TONES = {
     "completed": "good",
     "rolled_back": "warn",
@@ -100,6 +118,16 @@ def page(title: str, body: str, *, more_style: str = "") -> str:
         f"<title>{text(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
         f'<a class="skip" href="#main">Skip to content</a>\n{body}\n</body>\n</html>\n'
     )
+
+
+def output(body: str, *, more_style: str = "") -> str:
+    """One output of a notebook's cell.
+
+    Args:
+        body: trusted HTML; where a viewer drops the style sheet it must read well without.
+        more_style: CSS behind the common one; every selector begins with `.rb`.
+    """
+    return f'<div class="rb"><style>{_OUTPUT_STYLE}{more_style}</style>{body}</div>'
 
 
 def text(value: object) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
+from runbook_lib import cell
 from runbook_lib.canonical import canonical_json
 from runbook_lib.pages import seconds, size
 
@@ -38,7 +38,7 @@ def told(folder: Path, what: str, done: Callable[[], int], *, total: int | None 
     """
     stop, began = threading.Event(), time.monotonic()
     file = folder / "progress" / f"{_name(what)}.json"
-    show = _display()
+    output = cell.Output()
 
     def follow() -> None:
         while not stop.wait(_EVERY_S):
@@ -48,7 +48,7 @@ def told(folder: Path, what: str, done: Callable[[], int], *, total: int | None 
             with contextlib.suppress(Exception):  # nothing may fail because it is watched
                 said = line(what, done(), elapsed_s, total)
                 _write(file, {"what": what, "line": said})
-                show(said)
+                output.show({"text/plain": said})
 
     thread = threading.Thread(target=copy_context().run, args=(follow,), daemon=True, name=f"progress of {what}")
     thread.start()
@@ -91,22 +91,3 @@ def _write(file: Path, data: dict[str, Any]) -> None:
     part = file.with_suffix(".part")
     part.write_bytes(canonical_json(data))
     os.replace(part, file)  # noqa: PTH105
-
-
-def _display() -> Callable[[str], None]:
-    """One line of the notebook's cell that is written over; nothing elsewhere."""
-    python = sys.modules.get("IPython")
-    if python is None or python.get_ipython() is None:
-        return lambda _: None
-    from IPython.display import display
-
-    handle: list[Any] = []
-
-    def show(said: str) -> None:
-        text = {"text/plain": said}
-        if handle:
-            handle[0].update(text, raw=True)
-        else:
-            handle.append(display(text, raw=True, display_id=True))  # type: ignore[no-untyped-call]
-
-    return show
