@@ -124,7 +124,7 @@ class Lab:
         while not signals and not processes.gone_within(self.server.process, _LOOK_S):
             pass
         if not signals:
-            self._forget()
+            self.end()
             raise UnavailableError(
                 f"JupyterLab ended by itself; {jupyter.log_of(self.server.state)} may say why",
                 remedy=f"runbook lab {self.run.run_id}",
@@ -137,7 +137,7 @@ class Lab:
             for name, group in processes.children(folder):
                 say(f"{key}: ending {name}")
                 processes.end_group(group)
-        self._forget()
+        self.end()
 
     def _doing(self) -> dict[str, Path]:
         """Steps that a kernel of this lab is running -> the folder of their commands."""
@@ -153,7 +153,8 @@ class Lab:
             }
         return {}
 
-    def _forget(self) -> None:
+    def end(self) -> None:
+        """End the server, and forget it."""
         self.server.end()
         for name in ("lab.json", "open.html", "token"):
             (self.server.state / name).unlink(missing_ok=True)
@@ -178,7 +179,7 @@ def open_lab(run: Run, *, port: int, say: Say) -> Lab:
     state.mkdir(parents=True, exist_ok=True)
     state.chmod(0o700)
     with _alone(state):
-        server, keeper = _known(state)
+        server, keeper = known(state)
         if server is not None and server.alive:
             ours = keeper is None or not processes.alive(keeper)
             if ours:
@@ -229,8 +230,8 @@ def _remember(server: jupyter.Server) -> None:
     write_atomically(server.state / "lab.json", json.dumps(known), mode=0o600)
 
 
-def _known(state: Path) -> tuple[jupyter.Server | None, dict[str, object] | None]:
-    """The server that was started last, and the process that keeps it."""
+def known(state: Path) -> tuple[jupyter.Server | None, dict[str, object] | None]:
+    """The server that was started last with this state, and the process that keeps it; both may be gone."""
     try:
         known = json.loads((state / "lab.json").read_bytes())
     except FileNotFoundError:

@@ -23,10 +23,12 @@ from runbook_lib.errors import RunbookError, UnavailableError
 _START_S = 120.0  # a loaded machine imports for long; a server that failed is noticed at once
 _END_S = 30.0  # it ends its kernels one after the other
 _CELL_S = 120.0
-_SETTINGS = {
+_SETTINGS: dict[str, dict[str, object]] = {
     # What is walked is archived as it was saved: no more than this may be lost.
     "docmanager-extension/plugin": {"autosaveInterval": 10},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    # Every cell is there for the browser's search and for screen readers: these notebooks are short.
+    "notebook-extension/tracker": {"windowingMode": "none"},
 }
 _IPYTHON = "c = get_config()\nc.HistoryManager.enabled = False\n"
 
