@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import archive, gate, lease, mirror
+from runbook_lib import archive, gate, lease, mirror, pinned, walked
 from runbook_lib.adapters import processes
-from runbook_lib.canonical import sync_folder, write_atomically
+from runbook_lib.canonical import write_atomically
 from runbook_lib.errors import GateClosedError, PausedError, RunbookError
 from runbook_lib.kernels import Kernels, Pulse
 from runbook_lib.model import Status
@@ -52,6 +52,7 @@ def _go(run: Run, *, wait: bool, until: str | None) -> Outcome:
     if state.rollback is not None:
         return _go_back(run, str(state.rollback["reason"]), cause=int(state.rollback["exit_code"]))
     _stale_gates(run)
+    _refuse_changed(run, *map(name_of, FORWARD))
     kernels = Kernels(run.root, {**lease.handed_down(run), **({gate.WAIT_VARIABLE: "1"} if wait else {})})
     try:
         kernels.start_next()
@@ -81,6 +82,7 @@ def roll_back(run: Run, reason: str, *, cause: int) -> Outcome:
 
 
 def _go_back(run: Run, reason: str, *, cause: int) -> Outcome:
+    _refuse_changed(run, "rollback")
     if not run.state.locked:
         # Only phase 0 was begun: the way back is as alone in its environment as the way forth would have been.
         run.ledger.take_lock(run.run_id, run.release.environment)
@@ -107,6 +109,7 @@ def review(run: Run) -> Outcome:
 
 def _review(run: Run) -> Outcome:
     close(run)
+    _refuse_changed(run, "review")
     kernels = Kernels(run.root, lease.handed_down(run))
     try:
         if not _passed(run, "review"):
@@ -176,6 +179,7 @@ def _seal(run: Run) -> None:
             target = run.scratch / "left-in-inbox"
             shutil.rmtree(target, ignore_errors=True)
             shutil.move(inbox, target)
+        walked.take(run)
         archive.seal(
             run.folder,
             events=run.ledger.events(run.run_id),
@@ -204,14 +208,17 @@ def _stale_gates(run: Run) -> None:
                     run.ledger.append(run.run_id, "step_reset", data)
 
 
+def _refuse_changed(run: Run, *phases: str) -> None:
+    """See that the notebooks are those that the run was opened with, before any of them is begun."""
+    for phase in phases:
+        pinned.sources(run, notebook_of(phase))
+
+
 def _passed(run: Run, phase: str) -> bool:
+    walked.take(run, (phase,))
     state = run.state
     green = all(step.is_green(run, state) for step in steps_of(phase))
-    return green and _whole(_notebook(run, phase))
-
-
-def _notebook(run: Run, phase: str) -> Path:
-    return run.folder / ("review" if phase == "review" else "notebooks") / notebook_of(phase)
+    return green and _whole(walked.record_of(run, phase))
 
 
 def _whole(path: Path) -> bool:
@@ -239,11 +246,7 @@ def _run_phase(run: Run, phase: str, kernels: Kernels) -> Outcome | None:
         papermill.execute_notebook(
             str(run.root / "runbooks" / notebook_of(phase)),
             str(draft),
-            parameters={
-                "environment": run.release.environment,
-                "version": run.release.version,
-                "run_id": run.run_id,
-            },
+            parameters=walked.parameters(run),
             progress_bar=False,
             cwd=str(run.root),
             km=manager,
@@ -253,28 +256,14 @@ def _run_phase(run: Run, phase: str, kernels: Kernels) -> Outcome | None:
     finally:
         died = pulse.end()
         Kernels.end(manager)
-        _keep(run, draft, _notebook(run, phase))
+        if draft.exists():
+            walked.keep(run, draft.read_text(), walked.record_of(run, phase))
+            draft.unlink()
         mirror.push(run)
     state = run.state
     if all(step.is_green(run, state) for step in steps_of(phase)):
         return None
     return _why(run, phase, state, said, died)
-
-
-def _keep(run: Run, draft: Path, final: Path) -> None:
-    """Move the executed notebook into the record; an earlier attempt is kept beside it, not overwritten."""
-    if not draft.exists():
-        return
-    final.parent.mkdir(parents=True, exist_ok=True)
-    if final.exists():
-        attempts = run.folder / "attempts"
-        attempts.mkdir(exist_ok=True)
-        number = 1 + len(list(attempts.glob(f"{final.stem}-*.ipynb")))
-        final.replace(attempts / f"{final.stem}-{number}.ipynb")
-    text = run.secrets.redacted(draft.read_text())
-    write_atomically(final, text)
-    draft.unlink()
-    sync_folder(final.parent)
 
 
 def _why(run: Run, phase: str, state: RunState, said: Exception | None, died: str) -> Outcome:

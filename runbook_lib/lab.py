@@ -22,7 +22,6 @@ from runbook_lib.model import Status
 from runbook_lib.run import Run
 from runbook_lib.state import RunState
 
-DESK = "release_desk.ipynb"
 _LOOK_S = 0.5
 WORDS = "Closing the browser stops nothing. Ctrl-C here ends JupyterLab and its kernels; the run stays where it is."
 
@@ -94,7 +93,7 @@ class Lab:
     @property
     def url(self) -> str:
         """Opens the desk; holds the token."""
-        return self.server.url_of(DESK)
+        return self.server.url_of(walked.DESK)
 
     def page(self) -> str:
         """A file that leads a browser to the desk: an address in a browser's argv would show the token to everybody."""
@@ -184,7 +183,7 @@ def open_lab(run: Run, *, port: int, say: Say) -> Lab:
             ours = keeper is None or not processes.alive(keeper)
             if ours:
                 _remember(server)
-            return Lab(run, server, run.scratch / "lab", ours)
+            return Lab(run, server, walked.folder_of(run), ours)
         if server is not None:
             shutil.rmtree(server.runtime, ignore_errors=True)
         folder = walked.lay_out(run)
@@ -197,7 +196,7 @@ def open_lab(run: Run, *, port: int, say: Say) -> Lab:
             env={cell.LAB_VARIABLE: run.run_id, "RUNBOOK_HOME": str(run.root)},
         )
         try:
-            _open_desk(server, folder / DESK, say)
+            _open_desk(server, folder / walked.DESK, say)
             _remember(server)
         except BaseException:
             server.end()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -84,30 +83,6 @@ class StepResult:
             verdict=data["verdict"],
             title=data["title"],
             status=data["status"],
-        )
-
-    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
-        return {
-            "text/html": self._html(),
-            "text/plain": f"{self.status}: {self.title}",
-            "application/vnd.runbook.step+json": self.as_json(),
-        }
-
-    def _html(self) -> str:
-        # Plain HTML without script or style sheet: readable in JupyterLab, on code hosts and in the archive.
-        mark = "✔" if self.status == "green" else "✖" if self.status == "failed" else "●"
-        rows = "".join(
-            f"<tr><th scope='row' style='text-align:left'>{html.escape(str(name))}</th>"
-            f"<td style='text-align:left'>{html.escape(shown(value))}</td></tr>"
-            for name, value in self.facts.items()
-        )
-        files = "".join(
-            f"<li><code>{html.escape(a.path)}</code> · {a.size_bytes:,} bytes · sha256 <code>{a.sha256[:16]}…</code></li>"
-            for a in self.artifacts
-        )
-        return (
-            f"<div><p><strong>{mark} {html.escape(self.title)}</strong> — {html.escape(self.status)}</p>"
-            f"<table>{rows}</table>{f'<ul>{files}</ul>' if files else ''}</div>"
         )
 
 

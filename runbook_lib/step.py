@@ -12,6 +12,7 @@ the probe, and no step starts before every step and gate in front of it is green
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +22,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import fence, lease, mirror
+from runbook_lib import cell, fence, lease, mirror, pinned
 from runbook_lib.adapters import processes
 from runbook_lib.canonical import digest
+from runbook_lib.card import Card, Log, Part
 from runbook_lib.errors import (
     FencedError,
     LedgerUnavailableError,
@@ -42,6 +44,7 @@ Shown = Callable[[Run], Sequence[Sequence[str]]]
 Items = Callable[[Run], Sequence[str]]
 Look = Callable[..., Mapping[str, Any]]
 Instead = Callable[[Run], StepResult | None]
+Waiting = Callable[[Run], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,8 @@ class Attempt:
     folder: Path
 
 
+# A card shows so much of its commands' logs; the whole ones are in the record.
+_LOGS, _TAIL_BYTES, _TAIL_LINES = 8, 4096, 12
 _attempt: ContextVar[Attempt | None] = ContextVar("attempt", default=None)
 
 
@@ -84,6 +89,7 @@ class Step:
     shows: Shown | None = None
     look: Look | None = None
     instead: Instead | None = None
+    waiting: Waiting | None = None
     gate: str = ""
     __doc__: str = field(default="", repr=False)
 
@@ -119,24 +125,61 @@ class Step:
         """True when every item's outcome is green."""
         return all(state.green(key) for key in self.keys(run))
 
-    def __call__(self, run: Run) -> StepResult:
+    def __call__(self, run: Run) -> Any:
         """Run the step to its end, once; see the module's text.
+
+        Returns:
+            A Card; before people in JupyterLab, while they have not decided, the panel in which they do.
 
         Raises:
             PausedError: a gate or a step in front of it is not green, or people must look first.
-            StepFailedError: it ran and failed; recorded.
+            StepFailedError: it ran and failed; recorded, and its card is shown.
+            UsageError: in JupyterLab, the cell is not one that the run was opened with.
         """
+        attended = cell.in_lab(run.run_id)
+        if attended:
+            pinned.refuse_edited(run, self.phase)
+            self._settle_before(run)
+        try:
+            return self.settled(run)
+        except PausedError:
+            if self.waiting is None or not attended or run.state.ended:
+                raise
+            return self.waiting(run)
+        except RunbookError:
+            if any(run.state.step(key).status is Status.FAILED for key in self.keys(run)):
+                cell.Output().show(self._card(run, StepResult(title=self.title, status="failed")).bundle())
+            raise
+
+    def settled(self, run: Run) -> Card:
+        """Run the step to its end, whoever asks; raises as the call does."""
         shown = self.instead(run) if self.instead is not None else None
         if shown is not None:
-            return replace(shown, title=shown.title or self.title)
+            return Card.of(replace(shown, title=shown.title or self.title), owner=self.owner)
         if self.each is None:
-            return self._one(run, None)
+            return self._card(run, self._one(run, None))
         results = self._at_once(run, self.each(run)) if self.limit else self._in_turn(run, self.each(run))
-        return StepResult(
+        result = StepResult(
             facts={item: dict(result.facts) for item, result in results.items()},
             artifacts=tuple(a for result in results.values() for a in result.artifacts),
             title=self.title,
         )
+        return self._card(run, result)
+
+    def _settle_before(self, run: Run) -> None:
+        """People may have decided since the step in front of this one showed its panel: then it is green now."""
+        state = run.state
+        first = next((step for step in self.before if not step.is_green(run, state)), None)
+        if first is not None and first.waiting is not None:
+            with contextlib.suppress(PausedError):  # this step's own check says what is missing
+                first.settled(run)
+
+    def _card(self, run: Run, result: StepResult) -> Card:
+        state = run.state
+        parts = [Part(key, state.step(key), _logs(run, state.step(key))) for key in self.keys(run)]
+        planned = next((s for s in run.plan.get("steps", ()) if s["step"] == self.key()), {"commands": ()})
+        commands = tuple(" ".join(line) for line in planned["commands"])
+        return Card.of(result, owner=self.owner, commands=commands, parts=tuple(p for p in parts if p.state.attempt))
 
     def _in_turn(self, run: Run, items: Sequence[str]) -> dict[str, StepResult]:
         return {item: self._one(run, item) for item in items}
@@ -317,6 +360,20 @@ def _blocked(run: Run, key: str, why: str) -> StepInDoubtError:
         f"{key} was started and never finished: {why}",
         remedy=f"look at its target, then: runbook resolve {run.run_id} {key} --done | --not-done --as PERSON --key FILE",
     )
+
+
+def _logs(run: Run, state: StepState) -> tuple[Log, ...]:
+    """The ends of what the commands of the last attempt said."""
+    folder = run.folder / str(state.intent.get("children", ""))
+    found = []
+    for log in sorted(folder.glob("*.log"))[:_LOGS] if state.intent else ():
+        with contextlib.suppress(OSError, ValueError), log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            tail = file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+            ended = log.with_suffix(".exit")
+            code = int(ended.read_text()) if ended.exists() else None
+            found.append(Log(log.stem, code, run.secrets.redacted("\n".join(tail))))
+    return tuple(found)
 
 
 @contextmanager

@@ -1,24 +1,156 @@
-"""STAND-IN, for the merge: take the lead's walked.py instead of this file."""
+"""The phases' notebooks as people walk them in JupyterLab: laid out for a run, and taken into its record when it ends."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import nbformat
-
+from runbook_lib import pinned
+from runbook_lib.canonical import write_atomically
+from runbook_lib.card import MIME, Part
+from runbook_lib.errors import PausedError, UsageError
+from runbook_lib.phases import ALL, name_of, notebook_of, steps_of
 from runbook_lib.run import Run
+from runbook_lib.state import RunState
+
+DESK = "release_desk.ipynb"
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+_INJECTED = "injected-parameters"
+
+
+def folder_of(run: Run) -> Path:
+    """Where a run's notebooks are walked; not part of the record."""
+    return run.scratch / "lab"
 
 
 def lay_out(run: Run) -> Path:
-    """Copy the notebooks with the run's parameters filled in."""
-    folder = run.scratch / "lab"
-    folder.mkdir(parents=True, exist_ok=True)
-    given = {"environment": run.release.environment, "version": run.release.version, "run_id": run.run_id}
-    for source in sorted((run.root / "runbooks").glob("*.ipynb")):
-        if not (folder / source.name).exists():
-            notebook = nbformat.read(source, as_version=4)  # type: ignore[no-untyped-call]
-            for cell in notebook.cells:
-                if "parameters" in cell.metadata.get("tags", []):
-                    cell.source = "\n".join(f"{name} = {value!r}" for name, value in given.items())
-            nbformat.write(notebook, folder / source.name)  # type: ignore[no-untyped-call]
+    """Put the notebooks there, the run's parameters filled in; what is there already stays as people left it.
+
+    Raises:
+        UsageError: a notebook is not what the run was opened with.
+    """
+    import nbformat
+    from papermill.parameterize import parameterize_notebook
+
+    folder = folder_of(run)
+    for name in sorted((*(notebook_of(name_of(module)) for module in ALL), DESK)):
+        if (folder / name).exists():
+            continue
+        pinned.sources(run, name)
+        notebook = nbformat.read(run.root / "runbooks" / name, as_version=4)  # type: ignore[no-untyped-call]
+        filled = parameterize_notebook(notebook, parameters(run))
+        write_atomically(folder / name, nbformat.writes(filled))  # type: ignore[no-untyped-call]
     return folder
+
+
+def parameters(run: Run) -> dict[str, str]:
+    """What a notebook's parameters cell is given, by headless papermill and in JupyterLab alike."""
+    return {"environment": run.release.environment, "version": run.release.version, "run_id": run.run_id}
+
+
+def record_of(run: Run, phase: str) -> Path:
+    """Where a phase's notebook stands in the record."""
+    return run.folder / ("review" if phase == "review" else "notebooks") / notebook_of(phase)
+
+
+def keep(run: Run, text: str, final: Path) -> None:
+    """Write an executed notebook into the record; an earlier attempt is kept beside it, not overwritten."""
+    text = run.secrets.redacted(text)
+    if final.exists():
+        if final.read_text() == text:
+            return
+        _set_aside(final.read_text(), final)
+    write_atomically(final, text)
+
+
+def _set_aside(text: str, final: Path) -> None:
+    # A review never touches the sealed record around it.
+    attempts = (final.parent.parent if final.parent.name == "notebooks" else final.parent) / "attempts"
+    known = sorted(attempts.glob(f"{final.stem}-*.ipynb"))
+    if text not in [path.read_text() for path in known]:
+        write_atomically(attempts / f"{final.stem}-{1 + len(known)}.ipynb", text)
+
+
+def take(run: Run, phases: tuple[str, ...] = ()) -> None:
+    """Take what was walked in JupyterLab into the record.
+
+    A phase that was begun there and finished headless keeps its headless notebook, with the other one among the
+    attempts.
+
+    Args:
+        run: whose notebooks.
+        phases: which; all but the review when none is named.
+
+    Raises:
+        PausedError: a notebook lacks the card of a step that the ledger has, or shows another one; it is named.
+        UsageError: a cell of it is not what the run was opened with.
+    """
+    state = run.state
+    for phase in phases or tuple(name for name in map(name_of, ALL) if name != "review"):
+        path = folder_of(run) / notebook_of(phase)
+        notebook = json.loads(path.read_bytes()) if path.exists() else {"cells": []}
+        if not list(_cards(notebook)):
+            continue  # laid out, and nothing was done in it
+        final = record_of(run, phase)
+        wrong = edited(run, path) or missing(run, state, phase, notebook)
+        passed = all(step.is_green(run, state) for step in steps_of(phase))
+        text = json.dumps(_without_widgets(notebook), indent=1, ensure_ascii=False) + "\n"
+        if not wrong and (passed or state.ended):
+            keep(run, text, final)
+        elif wrong and final.exists() and passed:
+            _set_aside(run.secrets.redacted(text), final)
+        elif wrong and (passed or state.ended):
+            raise PausedError(
+                f"{path.name} as it was walked and saved is no evidence: {wrong}",
+                remedy=f"runbook lab {run.run_id}, run that cell once more and save (a green step is not done again), "
+                f"then the same again; or move {path} away: the phase is taken headless then",
+            )
+
+
+def edited(run: Run, path: Path) -> str:
+    """Say which code cell of a walked notebook is not what the run was opened with; empty when all are."""
+    if not path.exists():
+        return ""
+    cells = [c for c in json.loads(path.read_bytes())["cells"] if c["cell_type"] == "code"]
+    own = ["".join(c["source"]) for c in cells if _INJECTED not in c["metadata"].get("tags", [])]
+    try:
+        known = pinned.sources(run, path.name)
+    except UsageError as error:
+        return error.message
+    for number, (here, there) in enumerate(zip(own, known, strict=False), start=1):
+        if here.strip() != there.strip():
+            return f"its code cell {number} was edited: {here.partition(chr(10))[0][:80]!r}"
+    return "" if len(own) == len(known) else f"it has {len(own)} code cells, not {len(known)}"
+
+
+def missing(run: Run, state: RunState, phase: str, notebook: dict[str, Any]) -> str:
+    """Say which step's card is missing in a phase's notebook or differs from the ledger; empty when all are right."""
+    shown = {part["step"]: part for part in _cards(notebook)}
+    for step in steps_of(phase):
+        for key in step.keys(run):
+            known = state.step(key)
+            if not state.green(key):
+                continue
+            if key not in shown:
+                return f"the card of {key} is missing"
+            if shown[key] != json.loads(json.dumps(Part(key, known).as_json())):
+                return f"the card of {key} is not what the ledger says"
+    return ""
+
+
+def _cards(notebook: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            yield from output.get("data", {}).get(MIME, {}).get("parts", [])
+
+
+def _without_widgets(notebook: dict[str, Any]) -> dict[str, Any]:
+    """A widget shows nothing without its kernel: its twin, the output behind it, stays."""
+    cells = []
+    for cell in notebook["cells"]:
+        outputs = [o for o in cell.get("outputs", []) if _WIDGET not in o.get("data", {})]
+        cells.append({**cell, "outputs": outputs} if cell["cell_type"] == "code" else cell)
+    metadata = {name: value for name, value in notebook["metadata"].items() if name != "widgets"}
+    return {**notebook, "cells": cells, "metadata": metadata}

@@ -64,8 +64,7 @@ def test_a_step_that_is_being_run_is_waited_for(project: Project, tmp_path: Path
         walking.start()
         wait_until(reached.exists, "the look at what is free")
         lab.process.send_signal(signal.SIGINT)
-        said = lab.process.stderr
-        wait_until(lambda: "is being run here and is waited for" in said.readline(), "the word that it waits")
+        wait_until(lambda: "check_capacity is being run here and is waited for" in lab.said, "the word that it waits")
         assert lab.server.alive
         hold.unlink()
         assert lab.process.wait(timeout=120) == 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ class Lab:
     run_id: str
     url: str
     folder: Path
+    log: Path
 
     @property
     def server(self) -> jupyter.Server:
@@ -43,33 +46,42 @@ class Lab:
         """Ctrl-C; its exit status and what it said."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-        _, said = self.process.communicate(timeout=120)
-        return self.process.returncode, said
+        return self.process.wait(timeout=120), self.said
+
+    @property
+    def said(self) -> str:
+        """What it said on stderr so far."""
+        return self.log.read_text()
 
 
 @contextmanager
 def lab_of(project: Project, *words: str, env: Mapping[str, str] | None = None) -> Iterator[Lab]:
     """`runbook lab` on the project's run, ended with the body."""
+    descriptor, log = tempfile.mkstemp(prefix="lab-", suffix=".err", dir=project.root)
     process = subprocess.Popen(
         (sys.executable, "-m", "runbook_lib", "lab", "--no-browser", "--json", *words),
         env={**project.env, **(env or {})},
         cwd=project.root,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=descriptor,
         text=True,
         start_new_session=True,
         # A shell that runs the tests in its background has Ctrl-C ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+    os.close(descriptor)
     try:
         line = process.stdout.readline()
-        assert line, process.communicate(timeout=60)[1]
+        assert line, Path(log).read_text()
         facts = json.loads(line)
-        yield Lab(process, facts["run_id"], facts["url"], Path(facts["folder"]))
+        lab = Lab(process, facts["run_id"], facts["url"], Path(facts["folder"]), Path(log))
+        assert "failed" not in lab.said, lab.said
+        yield lab
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=120)
+        process.wait(timeout=120)
+        process.stdout.close()
 
 
 @dataclass

@@ -147,9 +147,20 @@ def test_sys_exit_in_a_cell_does_not_pass_for_success(project: Project, tools: T
     assert (done.returncode, facts["state"], facts["phase"]) == (1, "failed", "backup"), done.stderr
 
 
+def test_a_notebook_that_was_changed_since_the_run_was_opened_is_not_run(project: Project, tools: Tools) -> None:
+    run_id = project.runs()[-1].name  # opened with the notebook of the test above, which was put back since
+    before = project.state(run_id).seq
+
+    done = project.runbook("resume", run_id)
+
+    assert (done.returncode, "01_backup.ipynb is not what run" in done.stderr) == (2, True), done.stderr
+    assert project.state(run_id).seq - before <= 2  # the lease, taken and given back
+    assert project.runbook("abort", run_id, "--reason", "another playbook").returncode == 0
+
+
 def test_a_time_out_at_a_gate_approves_nothing_and_undoes_nothing(project: Project, tools: Tools) -> None:
-    run_id = project.runs()[-1].name
-    asked = project.runbook("resume", run_id, "--json")
+    asked = project.runbook("run", "rehearsal", "--set", "gates.backup.timeout_s=1", "--json")
+    run_id = project.last_json(asked)["run_id"]
     assert (asked.returncode, project.last_json(asked)["gate"]) == (75, "backup"), asked.stderr
 
     late = project.runbook("resume", run_id, "--json")  # the gate's second passes while the command starts
