@@ -226,7 +226,7 @@ _STYLE = (
     ".rb .hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}"
     ".rb .what{font-size:12.5px;color:var(--soft);margin:0 0 4px;overflow-wrap:anywhere}.rb .what b{color:var(--text)}"
     ".rb .state{margin:4px 0 6px}.rb .live{color:var(--link);background:var(--code)}"
-    ".rb .rail{display:flex;gap:4px;list-style:none;margin:0;padding:0}"
+    ".rb .rail{display:flex;gap:4px;list-style:none;margin:0 0 6px;padding:0}"
     ".rb .rail li{flex:1 1 0;min-width:0;margin:0;padding:4px 4px 5px;border-top:4px solid var(--line);background:var(--card)}"
     ".rb .rail li.good{border-color:var(--bar);color:inherit}.rb .rail li.bad{border-color:var(--bad);color:inherit}"
     ".rb .rail li.warn{border-color:var(--warn);color:inherit}.rb .rail li.live{border-color:var(--link);color:inherit}"
@@ -234,7 +234,7 @@ _STYLE = (
     ".rb .rail strong{display:block;font-size:12.5px}.rb .rail .pill{font-size:11.5px;padding:0 6px}"
     ".rb .rail small{display:block;color:var(--soft);font-size:11px}"
     ".rb .desk table{width:100%;font-size:12.5px}.rb .desk th,.rb .desk td{padding:2px 8px 2px 0;line-height:1.35;"
-    "border-bottom:1px solid var(--line)}.rb .desk thead th{color:var(--soft);font-size:11.5px}"
+    "border-bottom:1px solid var(--line);color:var(--text)}.rb .desk thead th{white-space:nowrap;color:var(--soft);font-size:11.5px}"
     ".rb .desk tbody th{font-weight:500}.rb .desk td .soft{display:-webkit-box;-webkit-line-clamp:2;"
     "-webkit-box-orient:vertical;overflow:hidden;font-size:11.5px}.rb .desk td .pill{font-size:11.5px;padding:0 7px}"
     ".rb .desk td code{white-space:nowrap;padding:0 3px;font-size:11.5px}"
@@ -247,8 +247,8 @@ _STYLE = (
 
 
 def parts(state: RunState, facts: Facts) -> tuple[str, str, str]:
-    """The page in three regions, each of which changes on its own: the head with the rail, the checklist, what moves."""
-    return _output(_head(state, facts)), _output(_checklist(state)), _output(_moving(state, facts))
+    """The page in three regions, each of which changes on its own: the head with the rail, the checklist with the ways on, what ticks."""
+    return _output(_head(state, facts)), _output(_still(state, facts)), _output(_moving(state, facts))
 
 
 def desk_html(state: RunState, facts: Facts) -> str:
@@ -258,7 +258,7 @@ def desk_html(state: RunState, facts: Facts) -> str:
         state: where the run stands.
         facts: what the ledger does not say.
     """
-    left, right = _checklist(state), _moving(state, facts)
+    left, right = _still(state, facts), _moving(state, facts)
     return _output(f'{_head(state, facts)}<div class="cols"><div>{left}</div><div>{right}</div></div>')
 
 
@@ -291,8 +291,9 @@ def _head(state: RunState, facts: Facts) -> str:
     )
 
 
-def _checklist(state: RunState) -> str:
-    return f"<h3>Checklist</h3>{checklist_html(state)}"
+def _still(state: RunState, facts: Facts) -> str:
+    menu = _menu(state, facts)
+    return f"<h3>Checklist</h3>{checklist_html(state)}" + (f'<div class="box">{menu}</div>' if menu else "")
 
 
 def _moving(state: RunState, facts: Facts) -> str:
@@ -301,7 +302,6 @@ def _moving(state: RunState, facts: Facts) -> str:
         _gate(state, facts),
         _clock(state, facts),
         _now(state, facts),
-        _menu(state, facts),
         _record(state, facts),
     )
     return "".join(f'<div class="box">{box}</div>' for box in boxes if box)
@@ -434,14 +434,11 @@ def _menu(state: RunState, facts: Facts) -> str:
     if not moves:
         return ""
     failed = [f"{key}: {_short(state.step(key).error)}" for key in failing(state)]
-    rows = "".join(
-        f'<tr><th scope="row">{text(m.label)}</th><td>{text(m.why)}<br><code class="cmd">{text(m.command)}</code></td></tr>'
-        for m in moves
-    )
     said = "".join(f'<p class="why">{text(line)}</p>' for line in failed)
+    commands = "\n".join(move.command for move in moves)
     return (
-        f"<h3>What can be done</h3>{said}<p>No step can be skipped.</p><details><summary>Ways on, as commands</summary>"
-        f"<table>{rows}</table></details>"
+        f"<h3>What can be done</h3>{said}<p>No step can be skipped.</p>{_table(*((m.label, m.why) for m in moves))}"
+        f"<details><summary>The same as commands</summary><pre>{text(commands)}</pre></details>"
     )
 
 
