@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from runbook_lib import gate, progress, work
+from runbook_lib import gate, progress, walked, work
 from runbook_lib.canonical import sha256_file
 from runbook_lib.clock import Moment
 from runbook_lib.desk_page import Facts, PhaseFact, StepFact, read_only
@@ -26,7 +24,7 @@ class Sources:
 
     run: Run
     phases: tuple[PhaseFact, ...] = ()
-    _digests: dict[Path, tuple[tuple[int, int], str]] = field(default_factory=dict)
+    _read: dict[Path, tuple[tuple[int, int], str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.phases = tuple(
@@ -86,47 +84,31 @@ class Sources:
                 return None  # no plan is here: the window is not known yet
         return start.timestamp(), end.timestamp()
 
-    def _edited(self, pinned: dict[str, str]) -> list[str]:
-        """Notebooks that are not as pinned, and laid out ones with other cells than the pinned ones."""
-        found = []
+    def _edited(self, pinned: Mapping[str, str]) -> Iterator[str]:
+        """Notebooks that are not as the run was opened with; a laid out one by its code cells."""
         for name, digest in sorted(pinned.items()):
-            origin, walked = self.run.root / "runbooks" / name, self.run.scratch / "lab" / name
-            if self._digest(origin) != digest:
-                found.append(name)
-            elif walked.exists() and self._cells(walked) != self._cells(origin):
-                found.append(f"{name} in this lab")
-        return found
+            origin, laid_out = self.run.root / "runbooks" / name, walked.folder_of(self.run) / name
+            if self._known(origin, sha256_file) != digest:
+                yield f"runbooks/{name} is not what the run was opened with: put it back"
+            elif why := self._known(laid_out, self._edited_cell):
+                yield f"{name}: {why}"
 
-    def _digest(self, path: Path) -> str:
-        return self._known(path, "", sha256_file)
+    def _edited_cell(self, path: Path) -> str:
+        try:
+            return walked.edited(self.run, path)
+        except (ValueError, KeyError, TypeError):
+            return "it cannot be read as a notebook"
 
-    def _cells(self, path: Path) -> str:
-        return self._known(path, "cells", _code)
-
-    def _known(self, path: Path, what: str, read: Any) -> str:
-        key = path / what
-        with contextlib.suppress(OSError):
+    def _known(self, path: Path, read: Callable[[Path], str]) -> str:
+        """What was read of a file, and read again when the file changed."""
+        try:
             stat = path.stat()
-            stamp = (stat.st_mtime_ns, stat.st_size)
-            if self._digests.get(key, ((0, 0), ""))[0] != stamp:
-                self._digests[key] = (stamp, str(read(path)))
-            return self._digests[key][1]
-        return ""
-
-
-def _code(path: Path) -> str:
-    """A notebook's code without its parameters; empty cells are no code."""
-    try:
-        cells = json.loads(path.read_bytes())["cells"]
-        code = [
-            "".join(cell["source"]).strip()
-            for cell in cells
-            if cell["cell_type"] == "code"
-            and not {"parameters", "injected-parameters"} & set(cell.get("metadata", {}).get("tags", []))
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "no notebook"  # it is just being saved, or it is broken
-    return json.dumps([source for source in code if source])
+        except OSError:
+            return ""
+        stamp = (stat.st_mtime_ns, stat.st_size)
+        if path not in self._read or self._read[path][0] != stamp:
+            self._read[path] = (stamp, read(path))
+        return self._read[path][1]
 
 
 def _lost(worker: work.Worker | None, run_id: str) -> str:

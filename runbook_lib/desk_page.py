@@ -66,7 +66,7 @@ class Facts:
         lost: who holds it and is gone, or cannot be looked at from here.
         progress: lines of long effects.
         checks: names of the manual spot checks.
-        edited: notebooks that are not as they were when the run was opened.
+        edited: which notebooks are not what the run was opened with, a sentence each.
         may_settle: who holds any role.
         record: the run's folder.
         sealed: the record is sealed.
@@ -313,7 +313,7 @@ def _warnings(state: RunState, facts: Facts) -> str:
         said.append(facts.lost)
     said += [f"{key} is in doubt: {state.step(key).error.partition('. Next: ')[0]}" for key in in_doubt(state)]
     said += [f"the clock {jump}" for jump in clock_jumps(state)]
-    said += [f"{name} is not as it was when the run was opened" for name in facts.edited]
+    said += facts.edited
     if not said:
         return ""
     return f"<h3>! Warnings</h3><ul>{''.join(f'<li class=why>{text(_short(line))}</li>' for line in said)}</ul>"
