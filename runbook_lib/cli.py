@@ -536,6 +536,44 @@ def seal_command(run_id: Annotated[str, typer.Argument(metavar="RUN")], json: Js
     _finish(run, Outcome(0, "the record is sealed", run.state.phase), json=json)
 
 
+# --- JupyterLab --------------------------------------------------------------------------------------------------
+
+
+@app.command("lab")
+def lab_command(
+    run_id: Annotated[str, typer.Argument(metavar="[RUN]")] = "",
+    environment: Annotated[str, typer.Option(help="Whose run in progress; by default the rehearsal's.")] = "",
+    version: Version = "",
+    person: Person = "",
+    port: Annotated[int, typer.Option(help="On 127.0.0.1; by default a free one.", min=0, max=65535)] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
+    json: Json = False,
+) -> None:
+    """JupyterLab on a run's notebooks, opened at the release desk; without RUN the one in progress, or a new one."""
+    import signal
+    import webbrowser
+
+    from runbook_lib import lab
+
+    # While it starts, both mean the same: what was begun is ended again.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run = lab.run_to_walk(run_id, environment=environment, version=version, person=person)
+    _say(f"run {run.run_id}: starting JupyterLab …")
+    opened = lab.open_lab(run, port=port, say=_say)
+    if json:
+        _print_json({"run_id": run.run_id, "url": opened.url, "folder": str(opened.folder)})
+    else:
+        print(f"run    {run.run_id}\nopen   {opened.url}\nfolder {opened.folder}", flush=True)
+    if browser:
+        webbrowser.open(opened.page())
+    if not opened.ours:
+        _say("JupyterLab runs already for this run, and goes on: the runbook lab that started it ends it")
+        return
+    _say(lab.WORDS)
+    opened.keep(_say)
+    _say(f"JupyterLab has ended. Next: runbook status {run.run_id}")
+
+
 # --- looking -----------------------------------------------------------------------------------------------------
 
 

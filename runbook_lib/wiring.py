@@ -80,6 +80,12 @@ def stack_facts(params: Params) -> dict[str, Any]:
     return read_facts(file, "rehearsal.stack: stack.json") if os.path.exists(file) else {}  # noqa: PTH110  # never raises
 
 
+def named_version(params: Params, version: str) -> str:
+    """A release tag; the twin's names for its releases (`next`, …) become theirs."""
+    versions = stack_facts(params).get("versions") if version in ALIASES else None
+    return params_module.version_text(str(versions.get(version, version) if isinstance(versions, dict) else version))
+
+
 def preview(
     environment: str, version: str = "", *, settings: Mapping[str, str] | None = None, opened_by: str | None = None
 ) -> Run:
@@ -110,8 +116,7 @@ def _preview(params: Params, version: str) -> Run:
     version = version or ("next" if params.rehearsal is not None else "")
     if not version:
         raise UsageError("which version?", remedy=f"runbook run {environment} --version V")
-    versions = stack_facts(params).get("versions") if version in ALIASES else None
-    version = params_module.version_text(str(versions.get(version, version) if isinstance(versions, dict) else version))
+    version = named_version(params, version)
     secrets = Secrets()
     # What the params say by themselves, before anybody is asked.
     preflight.check_window(params)

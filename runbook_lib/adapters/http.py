@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import http.client
-import json
+import json as json_module
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -35,6 +35,7 @@ def request(
     url: str,
     *,
     form: Mapping[str, str] | None = None,
+    json: Any = None,
     headers: Mapping[str, str] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> Answer:
@@ -46,6 +47,8 @@ def request(
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"{url!r} is no http(s) address", remedy="mend the params file")
     data = urllib.parse.urlencode(form).encode() if form is not None else None
+    if json is not None:
+        data, headers = json_module.dumps(json).encode(), {**(headers or {}), "Content-Type": "application/json"}
     sent = urllib.request.Request(url, data=data, headers=dict(headers or {}), method=method)  # noqa: S310
     try:
         try:
@@ -68,6 +71,6 @@ def get_json(url: str, *, timeout_s: float = TIMEOUT_S) -> Any:
     if answer.status != 200:
         raise UnavailableError(f"GET {url} answered {answer.status}", remedy="see whether the service is healthy")
     try:
-        return json.loads(answer.body)
+        return json_module.loads(answer.body)
     except ValueError as error:
         raise UnavailableError(f"GET {url} answered no JSON", remedy="see whether that is the right address") from error

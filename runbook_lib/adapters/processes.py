@@ -60,7 +60,11 @@ def _machine() -> dict[str, str]:
 
 def me() -> dict[str, Any]:
     """Who is executing: host, machine, boot, pid and its start time."""
-    pid = os.getpid()
+    return of(os.getpid())
+
+
+def of(pid: int) -> dict[str, Any]:
+    """A process of this machine, as `me` tells this one."""
     return {**_machine(), "boot": boot_id(), "pid": pid, "start": start_time(pid)}
 
 
@@ -136,16 +140,26 @@ def end_group(pid: int, *, grace_s: float = 5.0) -> None:
 
 def group_members(pgid: int) -> list[int]:
     """Pids of the living members of a process group."""
-    members = []
+    return _living(field=2, number=pgid)
+
+
+def children_of(pid: int) -> list[int]:
+    """Pids of the living processes that a process started itself."""
+    return _living(field=1, number=pid)
+
+
+def _living(*, field: int, number: int) -> list[int]:
+    """Pids of the living processes with this number in a field of /proc/PID/stat, counted from the state on."""
+    found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 fields = (entry / "stat").read_text().rpartition(") ")[2].split()
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if int(fields[2]) == pgid and fields[0] not in "ZX":
-                members.append(int(entry.name))
-    return members
+            if int(fields[field]) == number and fields[0] not in "ZX":
+                found.append(int(entry.name))
+    return found
 
 
 def _wait_lock(deadline: float, record: Path) -> None:

@@ -1,0 +1,162 @@
+"""JupyterLab as a person has it before them: a lab of a project, and a notebook in a browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from playwright.sync_api import Locator, Page, Request, expect
+
+from runbook_lib.adapters import jupyter
+from runbook_lib.lab import known
+from tests.project import Project
+
+SLOW_MS = 90_000  # a bound is a failure, not a measurement: the machine may be at other work
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A `runbook lab` that runs: what it printed, and its process."""
+
+    process: subprocess.Popen[str]
+    run_id: str
+    url: str
+    folder: Path
+    log: Path
+
+    @property
+    def server(self) -> jupyter.Server:
+        server, _ = known(self.folder.parent / "lab-state")
+        assert server is not None
+        return server
+
+    def url_of(self, notebook: str) -> str:
+        return self.server.url_of(notebook)
+
+    def stop(self) -> tuple[int, str]:
+        """Ctrl-C; its exit status and what it said."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        return self.process.wait(timeout=120), self.said
+
+    @property
+    def said(self) -> str:
+        """What it said on stderr so far."""
+        return self.log.read_text()
+
+
+@contextmanager
+def lab_of(project: Project, *words: str, env: Mapping[str, str] | None = None) -> Iterator[Lab]:
+    """`runbook lab` on the project's run, ended with the body."""
+    descriptor, log = tempfile.mkstemp(prefix="lab-", suffix=".err", dir=project.root)
+    process = subprocess.Popen(
+        (sys.executable, "-m", "runbook_lib", "lab", "--no-browser", "--json", *words),
+        env={**project.env, **(env or {})},
+        cwd=project.root,
+        stdout=subprocess.PIPE,
+        stderr=descriptor,
+        text=True,
+        start_new_session=True,
+        # A shell that runs the tests in its background has Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    os.close(descriptor)
+    try:
+        line = process.stdout.readline()
+        assert line, Path(log).read_text()
+        facts = json.loads(line)
+        lab = Lab(process, facts["run_id"], facts["url"], Path(facts["folder"]), Path(log))
+        assert "failed" not in lab.said, lab.said
+        yield lab
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        process.wait(timeout=120)
+        process.stdout.close()
+
+
+@dataclass
+class Outside:
+    """Every request of a page that would leave this machine."""
+
+    urls: list[str] = field(default_factory=list)
+
+    def look(self, request: Request) -> None:
+        if not re.match(r"(https?|wss?)://127\.0\.0\.1:\d+/|data:|blob:", request.url):
+            self.urls.append(request.url)
+
+
+class Notebook:
+    """One notebook, opened in JupyterLab; cells are named by a part of their source."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.panel = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
+
+    @classmethod
+    def opened(cls, page: Page, url: str) -> Notebook:
+        """Open it and wait until its kernel is ready."""
+        page.goto(url)
+        notebook = cls(page)
+        notebook.panel.locator(".jp-Cell").first.wait_for(timeout=SLOW_MS)
+        notebook.wait_idle()
+        return notebook
+
+    def wait_idle(self) -> None:
+        """Until nothing runs and nothing waits to run."""
+        indicator = self.panel.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+        indicator.wait_for(state="attached", timeout=SLOW_MS)
+
+    def cell(self, source: str) -> Locator:
+        """The code cell whose source holds this text."""
+        return self.panel.locator(".jp-CodeCell").filter(has=self.page.locator(".cm-content", has_text=source))
+
+    def output(self, source: str) -> Locator:
+        """What a cell shows."""
+        return self.cell(source).locator(".jp-OutputArea-output")
+
+    def run(self, source: str) -> None:
+        """Run one cell, by keyboard, and wait until it has ended."""
+        self.cell(source).locator(".cm-content").click()
+        before = self._count(source)
+        self.page.keyboard.press("Shift+Enter")
+        # The prompt's number changes when it has run: idle alone may still be the moment before.
+        expect(self.cell(source).locator(".jp-InputPrompt")).not_to_have_text(before, timeout=SLOW_MS)
+        expect(self.cell(source).locator(".jp-InputPrompt")).to_have_text(re.compile(r"\[\d+\]:"), timeout=SLOW_MS)
+
+    def _count(self, source: str) -> str:
+        return self.cell(source).locator(".jp-InputPrompt").inner_text()
+
+    def run_all(self) -> None:
+        """Run → Run All Cells; does not wait."""
+        self.panel.locator(".jp-CodeCell .cm-content").first.click()
+        self.page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
+        self.page.locator("li[data-command='runmenu:run-all']").click()
+
+    def wait_output(self, source: str, text: str | re.Pattern[str]) -> None:
+        """Wait until a cell shows a text."""
+        expect(self.output(source).filter(has_text=text).first).to_be_visible(timeout=SLOW_MS)
+
+    def restart_kernel(self) -> None:
+        """Kernel → Restart, confirmed."""
+        self.panel.locator(".jp-CodeCell .cm-content").first.click()
+        self.page.keyboard.press("Escape")
+        self.page.keyboard.press("0")
+        self.page.keyboard.press("0")
+        self.page.locator(".jp-Dialog button.jp-mod-accept").click()
+        self.page.locator(".jp-Dialog").wait_for(state="detached", timeout=SLOW_MS)
+        self.wait_idle()
+
+    def save(self) -> None:
+        """Save, and wait until it is saved."""
+        self.page.keyboard.press("Control+s")
+        self.page.locator(".lm-TabBar-tab.jp-mod-dirty").first.wait_for(state="detached", timeout=SLOW_MS)
