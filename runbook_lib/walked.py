@@ -32,6 +32,7 @@ def lay_out(run: Run) -> Path:
         UsageError: a notebook is not what the run was opened with.
     """
     import nbformat
+    from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
     folder = folder_of(run)
@@ -39,7 +40,8 @@ def lay_out(run: Run) -> Path:
         if (folder / name).exists():
             continue
         pinned.sources(run, name)
-        notebook = nbformat.read(run.root / "runbooks" / name, as_version=4)  # type: ignore[no-untyped-call]
+        # papermill's own loader: its parametrizing looks for tags in every cell, which a file need not have.
+        notebook = load_notebook_node(str(run.root / "runbooks" / name))
         filled = parameterize_notebook(notebook, parameters(run))
         write_atomically(folder / name, nbformat.writes(filled))  # type: ignore[no-untyped-call]
     return folder
