@@ -32,6 +32,9 @@ _FOCUS = (
     ".rb-desk select:focus-visible{outline:3px solid var(--jp-brand-color1,#0b57c2)!important;outline-offset:2px}"
     ".rb-desk .widget-html-content{line-height:normal}.rb-desk{max-width:1240px}"
     ".rb-desk .widget-html{height:auto;margin:0}.rb-desk button{height:30px}"
+    # JupyterLab's own orange is too light for its white words.
+    ".rb-desk button.mod-primary{background:#0b57c2}.rb-desk button.mod-warning{background:#8a4b00}"
+    ".rb-desk button.mod-danger{background:#b01c1c}.rb-desk button[class*=mod-]{color:#fff}"
 )
 
 

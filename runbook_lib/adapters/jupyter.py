@@ -134,7 +134,7 @@ def start(folder: Path, *, state: Path, port: int, terminals: bool, env: Mapping
     try:
         info = _wait_for(runtime / f"jpserver-{child.pid}.json", child)
         server = Server(process, f"http://127.0.0.1:{info['port']}/", token, state, runtime)
-        server._ask("GET", "api/status")
+        _answers(server, child)
     except BaseException as error:
         Server(process, "", token, state, runtime).end()
         if not isinstance(error, RunbookError):
@@ -142,6 +142,20 @@ def start(folder: Path, *, state: Path, port: int, terminals: bool, env: Mapping
         tail = " ".join(log.read_text(errors="replace").split()[-40:])
         raise UnavailableError(f"JupyterLab did not start: {error.message}: …{tail}", remedy=f"read {log}") from error
     return server
+
+
+def _answers(server: Server, child: subprocess.Popen[bytes]) -> None:
+    """Wait for its first answer: it writes its address down before it listens."""
+    deadline = time.monotonic() + _START_S
+    while True:
+        try:
+            server._ask("GET", "api/status")
+        except UnavailableError:
+            if child.poll() is not None or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def _argv(folder: Path, *, port: int, terminals: bool) -> tuple[str, ...]:

@@ -319,7 +319,9 @@ def test_warnings_are_told() -> None:
     jumped = Moment(START_S + 500, "boot", 1030.0)
     story.append(Event("RUN-1", 3, jumped.text, "note", {"clock": jumped.clock}, "", "f" * 64))
 
-    said = words(shown(story, edited=("03_migrate.ipynb: its code cell 3 was edited",), trouble=("the ledger does not answer",)))
+    said = words(
+        shown(story, edited=("03_migrate.ipynb: its code cell 3 was edited",), trouble=("the ledger does not answer",))
+    )
 
     assert "the clock was set by +470.0 s before event 3" in said
     assert "03_migrate.ipynb: its code cell 3 was edited" in said
