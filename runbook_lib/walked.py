@@ -116,7 +116,8 @@ def edited(run: Run, path: Path) -> str:
     if not path.exists():
         return ""
     cells = [c for c in json.loads(path.read_bytes())["cells"] if c["cell_type"] == "code"]
-    own = ["".join(c["source"]) for c in cells if _INJECTED not in c["metadata"].get("tags", [])]
+    # Shift+Enter in the last cell leaves an empty one behind it.
+    own = [t for c in cells if _INJECTED not in c["metadata"].get("tags", []) and (t := "".join(c["source"])).strip()]
     try:
         known = pinned.sources(run, path.name)
     except UsageError as error:
