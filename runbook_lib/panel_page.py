@@ -64,7 +64,7 @@ def _card(card: Mapping[str, Any]) -> str:
         f"<span class='soft'>{text(_MEANING.get(verdict, 'not proved good'))}</span></p>"
         f"{f'<p>{text(summary)}</p>' if summary else ''}"
         f"<p class='soft'>check code <code>{text(card['sha256'][:8])}</code></p>"
-        f"<details><summary>Details of {text(card['name'])}</summary>"
+        f"<details><summary data-lm-suppress-shortcuts='true'>Details of {text(card['name'])}</summary>"
         f"<p>sha256 <code class='digest'>{text(card['sha256'])}</code></p>{details}</details></li>"
     )
 
@@ -141,11 +141,11 @@ def command(*words: str) -> str:
 def commands_to_copy(what: str, commands: Mapping[str, str]) -> str:
     """Commands in fields that the keyboard reaches and selects; label -> command."""
     fields = "".join(
-        f"<label class='copy'><span>{text(label)}</span><input type='text' readonly value='{text(one)}'></label>"
+        f"<label class='copy'><span>{text(label)}</span><input type='text' readonly data-lm-suppress-shortcuts='true' value='{text(one)}'></label>"
         for label, one in commands.items()
     )
     # JupyterLab's one-letter shortcuts would take the keys of a field that cannot be written in.
-    return _page(f"<div data-lm-suppress-shortcuts='true'><p class='soft'>{text(what)}</p>{fields}</div>")
+    return _page(f"<p class='soft'>{text(what)}</p>{fields}")
 
 
 def commands_to_read(what: str, commands: Mapping[str, str]) -> str:

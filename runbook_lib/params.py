@@ -335,6 +335,10 @@ class Params(_Strict):
         roles = set(getattr(self.gates, gate).roles)
         return [name for name, person in self.people.items() if roles & set(person.roles) and name != opener]
 
+    def with_a_role(self) -> list[str]:
+        """Whose signed word settles a step that is in doubt."""
+        return sorted(name for name, person in self.people.items() if person.roles)
+
     @property
     def all_hosts(self) -> dict[str, Host]:
         """Web hosts first, then workers: the order of a deployment."""

@@ -111,9 +111,14 @@ class RunState:
         return ""
 
 
-def fold(events: Iterable[Event]) -> RunState:
-    """Fold events, oldest first, into where the run stands."""
-    state = RunState()
+def fold(events: Iterable[Event], onto: RunState | None = None) -> RunState:
+    """Fold events, oldest first, into where the run stands.
+
+    Args:
+        events: what happened.
+        onto: where the run stood before the first of them; None means that it is the run's first.
+    """
+    state = onto or RunState()
     for event in events:
         now = event.moment
         jump = now.jump_since(state.moment) if state.moment is not None else 0.0

@@ -119,7 +119,7 @@ def resolve(run: Run, step: str, *, done: bool, comment: str, person: str, key: 
     facts = {"settled by": person, "comment": comment, "statement": kept["statement"]}
 
     def still_blocked(state: RunState) -> None:
-        if state.step(step).status is not Status.BLOCKED:
+        if state.step(step).status is not Status.BLOCKED or state.step(step).attempt != now.attempt:
             raise UsageError(f"refused: {step} was settled by somebody else", remedy=f"runbook status {run.run_id}")
 
     if done:
@@ -130,6 +130,7 @@ def resolve(run: Run, step: str, *, done: bool, comment: str, person: str, key: 
             "status": "green",
             "result": result.as_json(),
             "duration_s": 0.0,
+            **kept,
         }
         run.ledger.append(run.run_id, "step_outcome", {**outcome, "settled_by": person}, guard=still_blocked)
     else:

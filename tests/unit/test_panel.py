@@ -67,7 +67,7 @@ def shown(run: Run, settled: Settled) -> GatePanel:
 def choose(shown: Any, person: str, key: Path | None = None, comment: str = "") -> None:
     shown.signer.who.value = person
     if key is not None:
-        shown.signer.file.value = str(key)
+        shown.signer.key.value = str(key)
     if comment:
         shown.comment.value = comment
 
@@ -228,7 +228,8 @@ def test_the_right_persons_key_opens_the_gate_and_the_card_takes_the_panels_plac
         pytest.param("ada", "bea", "the signature is not ada's", id="another's key"),
         pytest.param("dan", "dan", "dan holds dba; gate backup needs deploy_lead", id="without the role"),
         pytest.param(OPENER, OPENER, "lea opened this run and cannot approve it", id="who opened it"),
-        pytest.param("ada", "nobody", "there is no key file", id="no such file"),
+        pytest.param("ada", "nowhere", "there is no key file", id="no such file"),
+        pytest.param("eve", "ada", "'eve' is nobody in the params file (known: ada, bea", id="nobody"),
     ],
 )
 def test_who_may_not_is_refused_with_the_rule(
@@ -287,11 +288,14 @@ def test_a_key_that_ssh_agent_holds_signs(
     agent(people["ada"])
     agent(people["bea"])
     shown.signer.offer(signatures.agent_keys())
-    assert len(shown.signer.key.options) == 1  # nobody is chosen yet
+    assert shown.signer.key.options == ()  # nobody is chosen yet
     choose(shown, "ada")
-    (_, file), (label, own) = shown.signer.key.options
-    assert file == ""
-    assert signatures.fingerprint(own) in label
+    (own,) = shown.signer.key.options
+    assert own == signatures.fingerprint(signatures.public_key_of(people["ada"]))
+    shown.signer.key.value = own
+    choose(shown, "bea")
+    assert shown.signer.key.value == "", "another's key does not stay chosen"
+    choose(shown, "ada")
 
     shown.signer.key.value = own
     shown.approve.click()
