@@ -100,7 +100,9 @@ def take(run: Run, phases: tuple[str, ...] = ()) -> None:
         passed = all(step.is_green(run, state) for step in steps_of(phase))
         text = json.dumps(_without_widgets(notebook), indent=1, ensure_ascii=False) + "\n"
         if not wrong and (passed or state.ended):
-            keep(run, text, final)
+            # What is there may be this one already, before JupyterLab saved it once more.
+            if not final.exists() or missing(run, state, phase, json.loads(final.read_bytes())):
+                keep(run, text, final)
         elif wrong and final.exists() and passed:
             _set_aside(run.secrets.redacted(text), final)
         elif wrong and (passed or state.ended):

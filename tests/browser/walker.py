@@ -91,7 +91,7 @@ class Outside:
     urls: list[str] = field(default_factory=list)
 
     def look(self, request: Request) -> None:
-        if not re.match(r"(https?|wss?)://127\.0\.0\.1:\d+/|data:|blob:", request.url):
+        if not re.match(r"file:///|(https?|wss?)://127\.0\.0\.1:\d+/|data:|blob:", request.url):
             self.urls.append(request.url)
 
 
