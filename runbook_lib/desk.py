@@ -17,7 +17,7 @@ import ipywidgets as w
 
 from runbook_lib import cell, desk_page, testimony, work
 from runbook_lib.desk_facts import Sources
-from runbook_lib.desk_page import Facts, next_phase, open_gate, standing
+from runbook_lib.desk_page import Facts, next_phase, open_gate, signed, standing
 from runbook_lib.errors import RunbookError
 from runbook_lib.follow import Follower
 from runbook_lib.pages import output, text
@@ -36,6 +36,9 @@ _FOCUS = (
     ".rb-desk button.mod-primary{background:#0b57c2}.rb-desk button.mod-warning{background:#8a4b00}"
     ".rb-desk button.mod-danger{background:#b01c1c}.rb-desk button[class*=mod-]{color:#fff}"
 )
+
+
+_SAID = ".rb .said,.rb summary{font-size:12.5px}.rb pre{max-height:160px;overflow:auto}"
 
 
 def show(run: Run) -> Desk:
@@ -121,11 +124,11 @@ class Desk:
     def draw(self) -> None:
         """Look, and draw what changed."""
         self._look()
-        facts = self._facts()
+        command = work.newest(self.run)
+        facts = self._facts = self._sources.facts(self._seen, command, trouble=self._trouble)
         head, left, right = desk_page.parts(self.state, facts)
         self._head.value, self._left.value, self._right.value = head, left, right  # equal values are not sent
-        command = work.newest(self.run)
-        self._offer(facts, command)
+        self._offer(facts)
         self._tell(command)
         told = (self.state.head, facts.at_work, facts.lost, facts.edited, facts.trouble)
         if told != self._drawn:  # a second that passes is nothing to save
@@ -141,21 +144,18 @@ class Desk:
         except RunbookError as error:
             self._trouble = (f"what is shown may be old: {error}",)
 
-    def _facts(self) -> Facts:
-        return self._sources.facts(self._seen, trouble=self._trouble)
-
     def _show_twin(self) -> None:
         when = f"As it stood when it was drawn last. How it stands now: <code>runbook status {text(self.run.run_id)}</code>"
         body = f'<div class="{self._name}">{self.twin}{output(f"<p>{when}</p>")}</div>'
-        plain = f"{standing(self.state, self._facts()).word}: run {self.run.run_id}"
+        plain = f"{standing(self.state, self._facts).word}: run {self.run.run_id}"
         self._twin.show({"text/html": body, "text/plain": plain})
 
     # --- buttons -------------------------------------------------------------------------------------------------
 
-    def _offer(self, facts: Facts, command: work.Command | None) -> None:
+    def _offer(self, facts: Facts) -> None:
         """Which buttons there are, what they say, and which of them can be pressed now."""
         state = self.state
-        busy = bool(facts.at_work) or (command is not None and command.alive)
+        busy = bool(facts.at_work)
         self._words, label, hint = self._next_words(facts)
         self.run_next.description, self.run_next.tooltip = label, hint
         self.run_next.disabled = busy or not self._words
@@ -191,6 +191,8 @@ class Desk:
         again = [key for key in failing(state) if key.startswith(f"{phase}.")]
         if open_gate(state, facts):
             name = open_gate(state, facts)
+            if signed(state, facts, name):
+                return ("resume", run, "--until", phase), f"Pass gate {name}", f"runbook resume --until {phase}"
             hint = f"Gate {name} waits for people; this looks whether they have decided, and goes no further"
             return ("resume", run, "--until", phase), f"Look at gate {name} again", hint
         label = f"Try {phase} again" if again else f"Run next phase: {phase}"
@@ -201,8 +203,9 @@ class Desk:
         self._start(self._words)
 
     def _start(self, words: Sequence[str]) -> None:
-        if not words:
-            return
+        before = work.newest(self.run)
+        if not words or (self._waited_for and before is not None and before.alive and before.words == tuple(words)):
+            return  # the second half of a double click
         work.start(self.run, words)
         self._say(f"runbook {words[0]} was started; it goes on when this page is closed")
         self._waited_for = True
@@ -306,14 +309,14 @@ class Desk:
         return press
 
     def _say(self, said: str, *, bad: bool = False) -> None:
-        self._answer = f'<p class="{"why" if bad else "soft"}">{"✖ " if bad else ""}{text(said)}</p>'
+        self._answer = f'<p class="said {"why" if bad else "soft"}">{"✖ " if bad else ""}{text(said)}</p>'
 
     def _tell(self, command: work.Command | None) -> None:
         """The answer to the last press, and the last words of a command that failed."""
         if command is not None and not command.alive and self._waited_for:
             self._waited_for, self._answer = False, ""
             if said := command.outcome():
-                self._say(said)
+                self._say(said.partition(". Next: ")[0])
         failed = command is not None and command.failed and not self.state.ended
         log = ""
         if command is not None and failed:
@@ -322,7 +325,7 @@ class Desk:
                 f'<details open><summary class="why">✖ runbook {text(command.words[0])} ended {code}: its last lines'
                 f"</summary><pre>{text(command.tail())}</pre></details>"
             )
-        self._said.value = output(self._answer + log) if self._answer or log else ""
+        self._said.value = output(self._answer + log, more_style=_SAID) if self._answer or log else ""
 
 
 def _button(label: str, icon: str, style: str, act: Callable[[], None]) -> Any:

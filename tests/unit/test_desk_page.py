@@ -182,6 +182,16 @@ def test_an_open_gate_says_its_question_who_may_sign_who_has_and_where() -> None
     assert "0_migrate.ipynb" in said
 
 
+def test_a_gate_with_all_its_signatures_waits_for_nobody() -> None:
+    story = opened().phases(*IN_MIGRATION).green("migrate.verify_schema").gate("migration")
+    story.decide("migration", "dan", "approve").decide("migration", "quinn", "approve")
+
+    said = words(shown(story))
+
+    assert "State: ○ paused Gate 2: migration is signed: pass it" in said
+    assert "migrate : ? gate signed" in said
+
+
 def test_the_maintenance_clock_tells_the_latest_safe_way_back_by_the_budget() -> None:
     story = opened().phases("prepare", "backup").begin("begin.enable_maintenance")
     begun = story[-1].moment.wall_s
