@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -327,3 +328,30 @@ def test_two_desks_that_are_pressed_at_once_start_one_command(run: Run) -> None:
     assert len(list((run.scratch / "desk").iterdir())) == 1
     assert "runbook resume is at work already" in said(second)
     wait_until(lambda: not work.newest(run).alive, "the command's end")
+
+
+def test_resume_refuses_a_phase_that_is_none(run: Run) -> None:
+    done = subprocess.run(
+        (sys.executable, "-m", "runbook_lib", "resume", run.run_id, "--until", "lunch"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 2
+    assert "there is no such phase" in done.stderr
+    assert run.state.executor is None
+
+
+def test_a_look_at_a_run_of_some_hundred_events_is_quick(run: Run) -> None:
+    for number in range(300):
+        run.ledger.append(run.run_id, "note", {"text": f"{number} " * 100})
+    desk = Desk(run)
+    run.ledger.append(run.run_id, "note", {"text": "one more"})
+
+    began = time.process_time()
+    desk.draw()
+
+    # Counted in this process's own time, since the machine may be at other work.
+    assert time.process_time() - began < 0.05
