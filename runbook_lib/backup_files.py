@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from runbook_lib import progress
 from runbook_lib.canonical import canonical_json, sha256_file, sync_folder, write_atomically
 from runbook_lib.commands import archive_files as files
 from runbook_lib.commands import postgres
@@ -97,7 +98,13 @@ def tar_of(run: Run, host: str, known: Mapping[str, str], packed: files.Packing,
 
 def source_manifest(run: Run, host: str) -> dict[str, str]:
     """Path → sha256 of the host's files, as the host itself reads them now."""
-    return _listed(run, host, "manifest", files.manifest, files.parse_manifest)
+    into, known = scratch(run) / f"{host}-manifest", foretold(run, host, "files")
+
+    def hashed() -> int:
+        return into.read_bytes().count(b"\0")
+
+    with progress.told(run.scratch, f"files of {host}, hashed there", hashed, total=known, unit="files"):
+        return _listed(run, host, "manifest", files.manifest, files.parse_manifest)
 
 
 def source_stamps(run: Run, host: str, when: str) -> dict[str, str]:
@@ -117,6 +124,20 @@ def _listed(
         raise StepFailedError(
             f"the list of files of {host} is not readable: {error}", remedy=f"look at {into}"
         ) from error
+
+
+def foretold(run: Run, host: str, fact: str) -> int | None:
+    """What the archive of a host, or without one the dump, had of this the last time: `bytes`, or `files`."""
+    key = archive_key(host) if host else DUMP
+    before = (s.fact(key, fact) for s in run.ledger.runs(run.release.environment) if s.run_id != run.run_id)
+    return next((int(number) for number in before if number), None)
+
+
+def written_bytes(part: Path) -> int:
+    """How much of a backup is on disk by now: the file's, or that of the folder that it is put together from."""
+    folder = postgres.folder_of(part)
+    files_there = [path for path in folder.glob("*") if path.is_file()] if folder.is_dir() else []
+    return sum(path.stat().st_size for path in (part, *files_there) if path.exists())
 
 
 def scratch(run: Run) -> Path:

@@ -30,20 +30,22 @@ class Output:
 
     _handle: list[Any] = field(default_factory=list)
 
-    def show(self, bundle: Mapping[str, Any]) -> None:
+    def show(self, bundle: Mapping[str, Any], *, metadata: Mapping[str, Any] | None = None) -> None:
         """Show this, or show it in place of what was shown before.
 
         Args:
             bundle: MIME type -> data; give `text/plain` beside `text/html`.
+            metadata: MIME type -> what a viewer wants to know besides, such as an image's `alt`.
         """
         if _shell() is None:
             return
         from IPython.display import display
 
         if self._handle:
-            self._handle[0].update(dict(bundle), raw=True)
+            self._handle[0].update(dict(bundle), metadata=dict(metadata or {}), raw=True)
         else:
-            self._handle.append(display(dict(bundle), raw=True, display_id=True))  # type: ignore[no-untyped-call]
+            handle = display(dict(bundle), metadata=dict(metadata or {}), raw=True, display_id=True)  # type: ignore[no-untyped-call]
+            self._handle.append(handle)
 
 
 def _shell() -> Any:

@@ -64,8 +64,17 @@ def chart(
     return _png(figure)
 
 
-def overview(samples: Iterable[Sample], judgement: Judgement, *, title: str = "Telemetry watch") -> bytes:
-    """Draw every judged metric as small multiples with one legend, and return a PNG."""
+def overview(
+    samples: Iterable[Sample], judgement: Judgement, *, title: str = "Telemetry watch", so_far: str = ""
+) -> bytes:  # fmt: skip
+    """Draw every judged metric as small multiples with one legend, and return a PNG.
+
+    Args:
+        samples: what was judged.
+        judgement: what `judge` said of the same samples.
+        title: words for people.
+        so_far: how far a watch is that still goes on, in words that stand where its verdict will.
+    """
     rows = list(samples)
     metrics = list(judgement.metrics)
     columns = 1 if len(metrics) == 1 else 2
@@ -73,7 +82,7 @@ def overview(samples: Iterable[Sample], judgement: Judgement, *, title: str = "T
     figure = _figure(6.4 * columns, 3.1 * lines + 0.9)
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, metric in zip(grid, metrics, strict=False):
-        _draw(axes, metric, rows, judgement, None, None)
+        _draw(axes, metric, rows, judgement, None, None, verdict=not so_far)
     for axes in grid[len(metrics) :]:
         axes.set_axis_off()
     # Limits carry their figures in each panel and instances have charts of their own: each kind is named once.
@@ -85,8 +94,9 @@ def overview(samples: Iterable[Sample], judgement: Judgement, *, title: str = "T
             shared.setdefault(kind.split(" = ")[0], handle)
     if shared:
         figure.legend(list(shared.values()), list(shared), loc="outside lower center", ncols=6, fontsize=8)
-    colour = VERDICT_COLOURS[judgement.verdict]
-    figure.suptitle(f"{title}: {VERDICT_MARKS[judgement.verdict]}", fontweight="bold", color=colour)
+    colour = LIMIT if so_far else VERDICT_COLOURS[judgement.verdict]
+    said = so_far or VERDICT_MARKS[judgement.verdict]
+    figure.suptitle(f"{title}: {said}", fontweight="bold", color=colour)
     return _png(figure)
 
 
@@ -185,7 +195,8 @@ def _with_gaps(piece: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 
 
 def _draw(
-    axes: Axes, metric: str, samples: Sequence[Sample], judgement: Judgement, title: str | None, unit: str | None
+    axes: Axes, metric: str, samples: Sequence[Sample], judgement: Judgement, title: str | None, unit: str | None,
+    *, verdict: bool = True,
 ) -> None:  # fmt: skip
     """Draw one metric into one panel."""
     rows = [sample for sample in samples if sample.metric == metric]
@@ -205,8 +216,18 @@ def _draw(
             markersize=4,
             label=line.label,
         )
-    if judged:
+    start_s = judgement.window.get("start_s")
+    if judged and verdict:
         _draw_minutes(axes, judged, judgement, scale)
+    elif isinstance(start_s, float) and any(line.window == "current" for line in lines):
+        # What is still to come is empty ground.
+        axes.axvspan(
+            scale(start_s),
+            scale(start_s + float(str(judgement.window["duration_s"]))),
+            color=GRID,
+            alpha=0.35,
+            linewidth=0,
+        )
     _draw_limits(axes, judgement.thresholds.get(metric, {}))
     if not rows:
         axes.text(0.5, 0.5, "no samples", transform=axes.transAxes, ha="center")
@@ -217,10 +238,10 @@ def _draw(
     if not any(value < 0 for line in lines for _, value in line.points):
         axes.set_ylim(bottom=0, top=None if any(axes.get_ylim()) and axes.get_ylim()[1] > 0.01 else 1)
     name = title if title is not None else TITLES.get(metric, metric)
-    verdict = judged.verdict if judged else "inconclusive"
+    word = judged.verdict if judged else "inconclusive"
     axes.set_title(
-        f"{name}: {VERDICT_MARKS[verdict]}",
-        color=VERDICT_COLOURS[verdict],
+        f"{name}: {VERDICT_MARKS[word]}" if verdict else name,
+        color=VERDICT_COLOURS[word] if verdict else LIMIT,
         fontweight="bold",
         fontsize=10,
         loc="left",

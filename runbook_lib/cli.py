@@ -560,6 +560,7 @@ def lab_command(
     run = lab.run_to_walk(run_id, environment=environment, version=version, person=person)
     _say(f"run {run.run_id}: starting JupyterLab …")
     opened = lab.open_lab(run, port=port, say=_say)
+    ending = lab.Ending()  # before the address is told: who reads it may end this at once
     if json:
         _print_json({"run_id": run.run_id, "url": opened.url, "folder": str(opened.folder)})
     else:
@@ -570,7 +571,7 @@ def lab_command(
         _say("JupyterLab runs already for this run, and goes on: the runbook lab that started it ends it")
         return
     _say(lab.WORDS)
-    opened.keep(_say)
+    opened.keep(ending, _say)
     _say(f"JupyterLab has ended. Next: runbook status {run.run_id}")
 
 

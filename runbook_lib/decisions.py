@@ -42,18 +42,22 @@ def person_of(run: Run, person: str) -> Any:
     return known[person]
 
 
-def signed(data: bytes, *, key: Path) -> bytes:
+def signed(data: bytes, *, key: Path, ask: bool = True) -> bytes:
     """Sign with a person's key file or agent key.
+
+    Args:
+        data: the statement.
+        key: a private key, or the `.pub` of one that ssh-agent holds.
+        ask: False where no passphrase can be asked for.
 
     Raises:
         UsageError: the key cannot sign.
     """
     try:
-        return signatures.sign(data, key=key, namespace=NAMESPACE)
+        return signatures.sign(data, key=key, namespace=NAMESPACE, ask=ask)
     except RunbookError as error:
-        raise UsageError(
-            f"the key {key} could not sign: {error.message}", remedy="give --key FILE of your own key"
-        ) from error
+        remedy = "give --key FILE of your own key" if ask else error.remedy
+        raise UsageError(f"the key {key} could not sign: {error.message}", remedy=remedy) from error
 
 
 def check_signature(run: Run, data: bytes, signature: bytes, *, person: str) -> None:

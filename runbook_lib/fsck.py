@@ -16,7 +16,7 @@ from runbook_lib.errors import VerificationError
 from runbook_lib.ledger import check_chain
 from runbook_lib.model import Event
 from runbook_lib.state import RunState
-from runbook_lib.verify_decisions import BEHIND
+from runbook_lib.verify_decisions import BEHIND, SIGN_OFF
 
 _STEP_ENDS = ("step_outcome", "step_reset", "step_blocked")
 _LEASES = ("lease_taken", "takeover_begun")
@@ -55,7 +55,10 @@ class _Story:
     """What has been told up to an event."""
 
     attempts: dict[str, _Attempt] = field(default_factory=dict)
-    decisions: dict[str, tuple[str, int]] = field(default_factory=dict)  # digest of an approval -> gate, round
+    opened_by: str = ""
+    greens: set[tuple[str, str]] = field(default_factory=set)  # step and inputs
+    approvals: dict[str, tuple[str, int, str]] = field(default_factory=dict)  # its digest -> gate, round, person
+    rejected: set[tuple[str, int]] = field(default_factory=set)  # gate and round
     rounds: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     epoch: int = 0
 
@@ -123,10 +126,16 @@ def _told(events: Sequence[Event], check: Callable[[_Story, Event], None]) -> No
         elif event.kind in _STEP_ENDS:
             known = story.attempts.setdefault(data["step"], _Attempt(data["attempt"]))
             known.last = data["status"] if event.kind == "step_outcome" else event.kind.removeprefix("step_")
+            if known.last == "green":
+                story.greens.add((data["step"], known.inputs))
+        elif event.kind == "run_opened":
+            story.opened_by = data.get("opened_by", "")
         elif event.kind == "gate_opened":
             story.rounds[data["gate"]] = data
         elif event.kind == "gate_decision" and data["decision"] == "approve":
-            story.decisions[data["sha256"]] = (data["gate"], data["round"])
+            story.approvals[data["sha256"]] = (data["gate"], data["round"], data["person"])
+        elif event.kind == "gate_decision":
+            story.rejected.add((data["gate"], data["round"]))
         story.epoch = max(story.epoch, data.get("epoch", 0))
 
 
@@ -145,12 +154,16 @@ def _step_order(story: _Story, event: Event) -> None:
             raise _BrokenError(
                 event, f"{data['step']} attempt {data['attempt']} ends without an intent: it was {known.last}"
             )
+        if known.last == "blocked" and not {"statement", "sha256", "signature_sha256"} <= data.keys():
+            raise _BrokenError(event, f"{data['step']} was in doubt, and no signed statement settles it")
 
 
 def _green_once(story: _Story, event: Event) -> None:
     if event.kind == "step_outcome" and event.data["status"] == "green":
         known = story.attempts.get(event.data["step"], _Attempt())
-        if known.last == "green":
+        # A gate is asked again when its evidence changed; of any other step one green is enough.
+        again = (event.data["step"], known.inputs) in story.greens and event.data["step"] not in SIGN_OFF.values()
+        if known.last == "green" or again:
             raise _BrokenError(
                 event, f"{event.data['step']} was green before, with the same inputs {known.inputs[:12]}"
             )
@@ -167,7 +180,11 @@ def _gates_first(story: _Story, event: Event) -> None:
         asked = story.rounds.get(gate)
         if asked is None:
             raise _BrokenError(event, f"{event.data['step']} starts before gate {gate} was asked")
-        standing = {d for d in digests if story.decisions.get(d) == (gate, asked["round"])}
+        if (gate, asked["round"]) in story.rejected:
+            raise _BrokenError(event, f"{event.data['step']} starts though gate {gate} was rejected")
+        given = [story.approvals[digest] for digest in digests if digest in story.approvals]
+        standing = {person for name, number, person in given if (name, number) == (gate, asked["round"])}
+        standing.discard(story.opened_by)
         if len(standing) < max(1, asked["quorum"]):
             raise _BrokenError(
                 event,

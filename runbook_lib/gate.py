@@ -6,6 +6,7 @@ round. Every later step that needs the gate checks it again inside the transacti
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets as random
@@ -149,24 +150,36 @@ def open_round(run: Run, name: str) -> GateState:
     if now.round and not now.timed_out and now.evidence_sha256 == sha256(content):
         return now
     number = now.round + 1
+
+    def still_due(state: RunState) -> None:
+        if state.gate(name).round != now.round:
+            raise _SaidAlreadyError  # by somebody who looked at the same moment
+
     artifact = run.keep(f"gates/{name}-{number}.json", content)
     gate = rule(run, name)
     opened = time.time()
-    run.ledger.append(
-        run.run_id,
-        "gate_opened",
-        {
-            "gate": name,
-            "round": number,
-            "nonce": random.token_hex(16),
-            "opened_epoch_s": opened,
-            "expires_epoch_s": opened + gate.timeout_s,
-            "evidence": {"path": artifact.path, "sha256": artifact.sha256, "cards": len(json.loads(content)["cards"])},
-            "roles": list(gate.roles),
-            "quorum": gate.quorum,
-        },
-    )
+    words = {
+        "gate": name,
+        "round": number,
+        "nonce": random.token_hex(16),
+        "opened_epoch_s": opened,
+        "expires_epoch_s": opened + gate.timeout_s,
+        "evidence": {"path": artifact.path, "sha256": artifact.sha256, "cards": len(json.loads(content)["cards"])},
+        "roles": list(gate.roles),
+        "quorum": gate.quorum,
+    }
+    with contextlib.suppress(_SaidAlreadyError):
+        run.ledger.append(run.run_id, "gate_opened", words, guard=still_due)
     return run.state.gate(name)
+
+
+def cards(run: Run, name: str) -> list[dict[str, Any]]:
+    """The evidence of the newest round, whole, as it was written when the round was opened."""
+    number = run.state.gate(name).round
+    if not number:
+        return []
+    written = (run.folder / f"artifacts/gates/{name}-{number}.json").read_bytes()
+    return list(json.loads(written)["cards"])
 
 
 def show(run: Run, name: str) -> dict[str, Any]:
@@ -174,9 +187,7 @@ def show(run: Run, name: str) -> dict[str, Any]:
     gate, state = rule(run, name), run.state
     now = state.gate(name)
     is_open = bool(now.round) and not now.timed_out and not state.ended and not state.green(step_key(name))
-    cards: list[dict[str, Any]] = []
-    if now.round:
-        cards = json.loads((run.folder / f"artifacts/gates/{name}-{now.round}.json").read_bytes())["cards"]
+    shown_cards = cards(run, name)
     able = sorted(
         p for p, who in run.params.people.items() if set(who.roles) & set(gate.roles) and p != state.opened["opened_by"]
     )
@@ -194,12 +205,13 @@ def show(run: Run, name: str) -> dict[str, Any]:
         "evidence_sha256": now.evidence_sha256,
         "check_code": now.evidence_sha256[:8],
         "evidence": [
-            {"name": c["name"], "sha256": c["sha256"], "verdict": c["verdict"], "summary": c["summary"]} for c in cards
+            {"name": c["name"], "sha256": c["sha256"], "verdict": c["verdict"], "summary": c["summary"]}
+            for c in shown_cards
         ],
         "decisions": [
             {"person": d["person"], "decision": d["decision"], "comment": d["comment"]} for d in now.decisions
         ],
-        "blockers": [c["name"] for c in cards if c["verdict"] == "red"],
+        "blockers": [c["name"] for c in shown_cards if c["verdict"] == "red"],
     }
 
 
@@ -212,9 +224,8 @@ def decision_statement(run: Run, name: str, decision: str, person: str, comment:
     now = run.state.gate(name)
     role = _may_decide(run, name, decision, person, comment)
     gate, release = rule(run, name), run.release
-    path = f"artifacts/gates/{name}-{now.round}.json"
-    subject = {path: now.evidence_sha256}
-    for card in json.loads((run.folder / path).read_bytes())["cards"]:
+    subject = {f"artifacts/gates/{name}-{now.round}.json": now.evidence_sha256}
+    for card in cards(run, name):
         subject.update({f["path"]: f["sha256"] for f in card.get("files", []) if f["sha256"] != "missing"})
     return decisions.statement(
         decisions.GATE_DECISION,
@@ -307,9 +318,8 @@ def decide(run: Run, name: str, data: bytes, signature: bytes) -> dict[str, Any]
             "refused: that is no gate decision", remedy="runbook gate show RUN GATE --statement approve --as PERSON"
         ) from error
     now = run.state.gate(name)
-    for known in now.decisions:
-        if known["person"] == person and known["decision"] == decision:
-            return dict(known)
+    if (known := _given(now, person, decision)) is not None:
+        return known
     expected = decision_statement(run, name, decision, person, comment)
     if data != expected:
         differing = [k for k, v in json.loads(expected)["predicate"].items() if said.get(k) != v]
@@ -318,15 +328,13 @@ def decide(run: Run, name: str, data: bytes, signature: bytes) -> dict[str, Any]
             remedy=f"runbook gate show {run.run_id} {name} --statement {decision} --as {person}, and sign that",
         )
     decisions.check_signature(run, data, signature, person=person)
-    kept = decisions.store(run, f"{name}-{now.round}-{person}-{decision}", data, signature)
-    recorded = {
+    recorded: dict[str, Any] = {
         "gate": name,
         "round": now.round,
         "person": person,
         "roles": [said["role"]],
         "decision": decision,
         "comment": comment,
-        **kept,
     }
 
     def still_open(state: RunState) -> None:
@@ -334,9 +342,24 @@ def decide(run: Run, name: str, data: bytes, signature: bytes) -> dict[str, Any]
             raise UsageError(
                 f"refused: gate {name} is in round {state.gate(name).round} now", remedy="look at the new evidence"
             )
+        if _given(state.gate(name), person, decision) is not None:
+            raise _SaidAlreadyError
+        # Inside of the transaction: of two doors at once one writes the files that the ledger then names.
+        recorded.update(decisions.store(run, f"{name}-{now.round}-{person}-{decision}", data, signature))
 
-    run.ledger.append(run.run_id, "gate_decision", recorded, guard=still_open)
+    try:
+        run.ledger.append(run.run_id, "gate_decision", recorded, guard=still_open)
+    except _SaidAlreadyError:
+        return _given(run.state.gate(name), person, decision) or recorded
     return recorded
+
+
+class _SaidAlreadyError(Exception):
+    """Somebody else has just written the same."""
+
+
+def _given(now: GateState, person: str, decision: str) -> dict[str, Any] | None:
+    return next((dict(d) for d in now.decisions if d["person"] == person and d["decision"] == decision), None)
 
 
 def read_inbox(run: Run) -> list[str]:
@@ -350,7 +373,10 @@ def read_inbox(run: Run) -> list[str]:
         signature = path.with_name(path.name + ".sig")
         if not signature.exists():
             continue  # the .sig may be on its way
-        data, sig = path.read_bytes(), signature.read_bytes()
+        try:
+            data, sig = path.read_bytes(), signature.read_bytes()
+        except FileNotFoundError:
+            continue  # another process that looks here has just taken it
         target = run.scratch / "inbox"
         try:
             name = named(str(json.loads(data)["predicate"]["gate"]))
@@ -361,7 +387,8 @@ def read_inbox(run: Run) -> list[str]:
         target.mkdir(parents=True, exist_ok=True)
         stamp = random.token_hex(4)
         for file in (path, signature):
-            file.replace(target / f"{stamp}-{file.name}")
+            with contextlib.suppress(FileNotFoundError):
+                file.replace(target / f"{stamp}-{file.name}")
     return refused
 
 

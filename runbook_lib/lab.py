@@ -75,6 +75,18 @@ def _refuse_other(state: RunState, environment: str, version: str) -> None:
             )
 
 
+class Ending:
+    """Counts Ctrl-C and SIGTERM from now on, instead of this process being ended by them."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._count)
+
+    def _count(self, _number: int, _frame: object) -> None:
+        self.asked += 1
+
+
 @dataclass(frozen=True, slots=True)
 class Lab:
     """The server of a run's lab.
@@ -103,26 +115,15 @@ class Lab:
         )
         return file.as_uri()
 
-    def keep(self, say: Say) -> None:
-        """Stay until Ctrl-C or SIGTERM, wait for the step that a kernel here is running, then end the server.
-
-        Side Effect:
-            The handlers of both signals are this process's from now on.
+    def keep(self, ending: Ending, say: Say) -> None:
+        """Stay until people ask to end, wait for the step that a kernel here is running, then end the server.
 
         Raises:
             UnavailableError: the server ended by itself.
         """
-        signals = 0
-
-        def asked_to_end(_number: int, _frame: object) -> None:
-            nonlocal signals
-            signals += 1
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, asked_to_end)
-        while not signals and not processes.gone_within(self.server.process, _LOOK_S):
+        while not ending.asked and not processes.gone_within(self.server.process, _LOOK_S):
             pass
-        if not signals:
+        if not ending.asked:
             self.end()
             raise UnavailableError(
                 f"JupyterLab ended by itself; {jupyter.log_of(self.server.state)} may say why",
@@ -130,7 +131,7 @@ class Lab:
             )
         if doing := self._doing():
             say(f"{', '.join(doing)} is being run here and is waited for; Ctrl-C again ends it")
-        while signals < 2 and self._doing():
+        while ending.asked < 2 and self._doing():
             time.sleep(_LOOK_S / 2)
         for key, folder in self._doing().items():
             for name, group in processes.children(folder):

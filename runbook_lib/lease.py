@@ -108,6 +108,8 @@ def take_over(run: Run, *, reason: str) -> list[str]:
             _refuse_held(state)
         except PausedError:
             return
+        if any(_out_of_reach(state, s.intent) for s in state.steps.values() if s.status is Status.RUNNING):
+            return
         raise UsageError(f"nobody is at work on run {run.run_id}", remedy=f"runbook resume {run.run_id}")
 
     state = run.state
@@ -123,6 +125,15 @@ def take_over(run: Run, *, reason: str) -> list[str]:
     finally:
         run.ledger.epoch = None
     return fenced
+
+
+def _out_of_reach(state: RunState, intent: Mapping[str, Any]) -> bool:
+    """True when a step stands in the middle and its process cannot be looked at from here, nor is it fenced.
+
+    Its executor may have given the lease back: interrupted, or after its kernel died.
+    """
+    executor = intent["executor"]
+    return not processes.is_here(executor) and state.fenced_below <= intent.get("epoch", 0)
 
 
 def _end(process: Mapping[str, Any]) -> None:

@@ -305,6 +305,14 @@ class Ledger:
         with self._guarded(), self._engine.connect() as connection:
             return [row.run_id for row in connection.execute(query)]
 
+    def seq(self, run_id: str) -> int:
+        """The number of a run's newest event, 0 when there is none: the cheap way to see that nothing is new."""
+        if not self._there():
+            return 0
+        with self._guarded(), self._engine.connect() as connection:
+            query = sa.select(sa.func.max(_events.c.seq)).where(_events.c.run_id == run_id)
+            return connection.execute(query).scalar_one() or 0
+
     def state(self, run_id: str) -> RunState:
         """Where a run stands.
 

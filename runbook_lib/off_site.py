@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runbook_lib import backup_files as on_disk
+from runbook_lib import progress
 from runbook_lib.adapters import inventory
 from runbook_lib.canonical import sha256_file
 from runbook_lib.clock import Moment
@@ -48,20 +49,23 @@ def at_once(run: Run, work: Callable[[Path, str], Any]) -> list[Any]:
 def read_back(run: Run) -> StepResult:
     """Download every copy and hash it; StepFailedError names the one that is not what was sent."""
     began = time.monotonic()
-    copies = at_once(run, lambda path, digest: _read_one_back(run, path, digest))
+    service = run.services.store
+    total, before = sum(path.stat().st_size for path, _ in copies(run)), service.received_bytes
+    with progress.told(run.scratch, "copies read back", lambda: service.received_bytes - before, total=total):
+        found = at_once(run, lambda path, digest: _read_one_back(run, path, digest))
     duration_s = time.monotonic() - began
-    kept = run.keep("backup/off_site.json", json.dumps(copies, indent=1) + "\n")
+    kept = run.keep("backup/off_site.json", json.dumps(found, indent=1) + "\n")
     store = run.params.backup.store
     facts = {
         "store": f"s3://{store.bucket}/{store.prefix}/{run.run_id}/",
-        "files": len(copies),
-        "bytes": sum(copy["bytes"] for copy in copies),
+        "files": len(found),
+        "bytes": sum(copy["bytes"] for copy in found),
         "read back": f"every byte, sha256 equal, in {duration_s:.1f} s",
-        "encrypted": sorted({str(copy["encryption"] or "by the bucket's own rule") for copy in copies}),
+        "encrypted": sorted({str(copy["encryption"] or "by the bucket's own rule") for copy in found}),
         "retained until": min(
-            (str(copy["retained_until"]) for copy in copies if copy["retained_until"]), default="no lock"
+            (str(copy["retained_until"]) for copy in found if copy["retained_until"]), default="no lock"
         ),
-        "versions": {copy["file"]: copy["version_id"] for copy in copies},
+        "versions": {copy["file"]: copy["version_id"] for copy in found},
     }
     return StepResult(facts=facts, artifacts=(kept,))
 

@@ -205,6 +205,7 @@ class SpotCheck(_Strict):
     name: Name
     asks: Line
     path: UrlPath = "/"
+    url: Url | None = None
 
 
 class SpotChecks(_Strict):

@@ -111,6 +111,10 @@ class ObjectStore(Protocol):
     def sent_bytes(self) -> int:
         """How many bytes were stored through this object so far, in whole parts; for the display of progress."""
 
+    @property
+    def received_bytes(self) -> int:
+        """How many bytes were downloaded through this object so far; for the display of progress."""
+
     def put(self, path: Path, key: str, *, sha256: str, retain: bool = False) -> Stored:
         """Store a file once: a version whose content is this digest is returned instead of written again.
 

@@ -7,7 +7,7 @@ import os
 import secrets as random
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 from psycopg import IsolationLevel, sql
 
+from runbook_lib import progress
 from runbook_lib.adapters import inventory
 from runbook_lib.adapters.database import Database
 from runbook_lib.canonical import sha256_file
@@ -84,14 +85,42 @@ class ScratchDatabase:
             connection.execute(sql.SQL("COMMENT ON DATABASE {} IS {}").format(name, sql.Literal(self.mark)))
             connection.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(name))
 
-    def inventory(self, jobs: int) -> dict[str, Any]:
-        """What it holds; nobody else writes there."""
+    def inventory(self, jobs: int, *, keep_on: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """What it holds; nobody else writes there. `keep_on` is called before each table."""
         return inventory.take(
             lambda: self.database.connect(
                 self.params.admin_role, self.name, application="runbook: comparing a restore"
             ),
             jobs=jobs,
+            keep_on=keep_on,
         )
+
+    @contextmanager
+    def size_bytes(self) -> Iterator[Callable[[], int]]:
+        """Tells how big it is by now, by one session that is opened at the first question."""
+        sessions: list[psycopg.Connection[Any]] = []
+
+        def ask() -> int:
+            if not sessions:
+                connection = self.database.connect(
+                    self.params.admin_role, self.params.maintenance, application="runbook: progress of a restore"
+                )
+                sessions.append(connection)
+            row = (
+                sessions[0]
+                .execute(
+                    "SELECT coalesce((SELECT pg_database_size(oid) FROM pg_database WHERE datname = %s), 0)",
+                    (self.name,),
+                )
+                .fetchone()
+            )
+            return int(row[0]) if row else 0
+
+        try:
+            yield ask
+        finally:
+            for connection in sessions:
+                connection.close()
 
     def _admin(self) -> psycopg.Connection[Any]:
         """An admin's session that is alone with this name.
@@ -133,7 +162,7 @@ def export_snapshot(connection: psycopg.Connection[Any]) -> Snapshot:
 
 
 @contextmanager
-def _plain(dump_file: Path, *, shell: Shell, timeout_s: float) -> Iterator[Path]:
+def _plain(dump_file: Path, *, shell: Shell, timeout_s: float, told: progress.Told) -> Iterator[Path]:
     """The dump as pg_restore reads it: itself, or unpacked beside it for as long as the body runs."""
     with dump_file.open("rb") as file:
         head = file.read(512)
@@ -142,11 +171,13 @@ def _plain(dump_file: Path, *, shell: Shell, timeout_s: float) -> Iterator[Path]
     try:
         if head.startswith(_ZSTD):
             os.close(os.open(plain, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            shell.run(postgres.unpack(dump_file, into=plain, timeout_s=timeout_s), name="unpack")
+            with told("dump, unpacked", lambda: plain.stat().st_size):
+                shell.run(postgres.unpack(dump_file, into=plain, timeout_s=timeout_s), name="unpack")
             yield plain
         elif head[257:262] == b"ustar" and b"toc.dat" not in head[:100]:  # pg_dump's own tar begins with that
             plain.mkdir(mode=0o700)
-            shell.run(postgres.unpack_folder(dump_file, into=plain, timeout_s=timeout_s), name="unpack")
+            with told("dump, unpacked", lambda: sum(file.stat().st_size for file in plain.iterdir())):
+                shell.run(postgres.unpack_folder(dump_file, into=plain, timeout_s=timeout_s), name="unpack")
             yield plain
         else:
             yield dump_file
@@ -175,6 +206,7 @@ def prove_dump(
     shell: Shell,
     timeout_s: float,
     jobs: int = 1,
+    told: progress.Told = progress.untold,
 ) -> dict[str, Any]:
     """Restore a dump into the scratch database and compare it with the inventory of its source.
 
@@ -182,6 +214,7 @@ def prove_dump(
         source: from `adapters.inventory.take`, of the dump's own snapshot.
         timeout_s: for reading and for restoring, each, in seconds.
         jobs: how many tables and indexes are restored and compared at a time.
+        told: where progress goes.
 
     Returns:
         JSON: `equal`, `differences`, `not_provable`, `tables` (table, rows, restored_rows, same), `entries`, and how long it
@@ -203,19 +236,20 @@ def prove_dump(
     params = scratch.params
     server = postgres.Server(params.host, params.port, params.passfile)
     began = time.monotonic()
-    with _plain(dump_file, shell=shell, timeout_s=timeout_s) as plain:
+    with _plain(dump_file, shell=shell, timeout_s=timeout_s, told=told) as plain:
         listing = shell.run(postgres.list_contents(plain), name="pg_restore-list").output
         if plain == dump_file or plain.is_dir():  # unpacking by zstd has read every byte, with its checksum
             shell.run(postgres.read_through(plain, timeout_s=timeout_s), name="pg_restore-read")
         read = time.monotonic()
         try:
             scratch.create()
-            shell.run(
-                postgres.restore(server, params.admin_role, scratch.name, plain, timeout_s=timeout_s, jobs=jobs),
-                name="pg_restore",
-            )
+            with scratch.size_bytes() as grown, told("restore", grown, total=source["size_bytes"]):
+                shell.run(
+                    postgres.restore(server, params.admin_role, scratch.name, plain, timeout_s=timeout_s, jobs=jobs),
+                    name="pg_restore",
+                )
             restored_at = time.monotonic()
-            restored = scratch.inventory(jobs)
+            restored = _compared(scratch, jobs, len(source["tables"]), told)
         finally:
             scratch.drop()
     found = inventory.differences(source, restored)
@@ -238,6 +272,17 @@ def prove_dump(
         "restore_s": round(restored_at - read, 3),
         "compare_s": round(time.monotonic() - restored_at, 3),
     }
+
+
+def _compared(scratch: ScratchDatabase, jobs: int, tables: int, told: progress.Told) -> dict[str, Any]:
+    begun = 0
+
+    def keep_on() -> None:
+        nonlocal begun
+        begun += 1  # a view: two threads at once may miss one
+
+    with told("comparing the restore", lambda: min(tables, max(0, begun - jobs)), total=tables, unit="tables"):
+        return scratch.inventory(jobs, keep_on=keep_on)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import os
 import re
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,29 +28,60 @@ _LINE_CHARACTERS = 70
 _MAX_SIGNATURE_BYTES = 64 * 1024
 # A person signs: time for a passphrase or for touching a hardware key.
 _SIGN_TIMEOUT_S = 120.0
+_AGENT_TIMEOUT_S = 5.0
 _CHECK_TIMEOUT_S = 30.0
 # Names go into a file in which blanks, commas, `*`, `?`, `!` and `#` mean something.
 _PRINCIPAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 _KEY = re.compile(r"(?P<kind>(?:ssh|sk-ssh|ecdsa|sk-ecdsa)-[a-z0-9@.-]+) (?P<body>[A-Za-z0-9+/]+={0,2})(?: .*)?")
 
 
-def sign(data: bytes, *, key: Path, namespace: str) -> bytes:
+def sign(data: bytes, *, key: Path, namespace: str, ask: bool = True) -> bytes:
     """Sign bytes and return the armored signature, as it stands in a `.sig` file.
 
     Args:
         data: what is signed.
         key: a private key, or the public half (`.pub`) of a key that ssh-agent holds.
         namespace: what the signature is good for.
+        ask: False where nobody sits at a terminal: no passphrase is asked for, a locked key is refused.
 
     Raises:
         UsageError: the key is not there or cannot sign.
     """
     if not key.is_file():
         raise UsageError(f"there is no key file {key}", remedy="give the path of your own key")
-    done = _run(("-Y", "sign", "-n", namespace, "-f", str(key)), data, timeout_s=_SIGN_TIMEOUT_S)
+    done = _run(("-Y", "sign", "-n", namespace, "-f", str(key)), data, timeout_s=_SIGN_TIMEOUT_S, ask=ask)
+    if done.returncode and not ask and "passphrase" in _reason(done):
+        raise UsageError(
+            f"{key} has a passphrase, and ssh-agent does not hold this key",
+            remedy=f"in a terminal: ssh-add {shlex.quote(str(key))}, then sign again",
+        )
     if done.returncode or not canonical_signature(done.stdout):
         raise UsageError(f"{key} does not sign: {_reason(done)}", remedy="check the key, its mode and ssh-agent")
     return done.stdout
+
+
+def agent_keys() -> list[str]:
+    """The public keys that ssh-agent holds, as `kind base64`; none when no agent answers."""
+    try:
+        done = subprocess.run(
+            ("ssh-add", "-L"),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_AGENT_TIMEOUT_S,
+            check=False,
+            env={**_environment(), "LC_ALL": "C"},
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = (_KEY.fullmatch(line.strip()) for line in done.stdout.decode(errors="replace").splitlines())
+    return [f"{key['kind']} {key['body']}" for key in found if key is not None]
+
+
+def fingerprint(public_key: str) -> str:
+    """How people tell a key: its kind and the SHA-256 that ssh-add shows."""
+    kind, body, *_ = public_key.split()
+    hashed = base64.b64encode(hashlib.sha256(base64.b64decode(body)).digest()).decode().rstrip("=")
+    return f"{kind} SHA256:{hashed}"
 
 
 def verify(
@@ -211,8 +244,15 @@ def _scratch_file(content: bytes) -> tempfile._TemporaryFileWrapper[bytes]:
     return file
 
 
-def _run(arguments: Sequence[str], data: bytes, *, timeout_s: float) -> subprocess.CompletedProcess[bytes]:
-    env = {name: os.environ[name] for name in ("PATH", "HOME", "SSH_AUTH_SOCK", "TMPDIR") if name in os.environ}
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in ("PATH", "HOME", "SSH_AUTH_SOCK", "TMPDIR") if name in os.environ}
+
+
+def _run(
+    arguments: Sequence[str], data: bytes, *, timeout_s: float, ask: bool = True
+) -> subprocess.CompletedProcess[bytes]:
+    # Without a terminal and a window to ask in, ssh-keygen takes the empty passphrase and fails at once.
+    silent = {} if ask else {"SSH_ASKPASS_REQUIRE": "never"}
     try:
         return subprocess.run(  # argv list, no shell
             ("ssh-keygen", *arguments),
@@ -220,7 +260,8 @@ def _run(arguments: Sequence[str], data: bytes, *, timeout_s: float) -> subproce
             capture_output=True,
             timeout=timeout_s,
             check=False,
-            env={**env, "LC_ALL": "C", "TZ": "UTC"},
+            env={**_environment(), **silent, "LC_ALL": "C", "TZ": "UTC"},
+            start_new_session=not ask,
         )
     except FileNotFoundError as error:
         raise UsageError("ssh-keygen is not installed", remedy="install the OpenSSH client, 8.9 or newer") from error
@@ -231,4 +272,4 @@ def _run(arguments: Sequence[str], data: bytes, *, timeout_s: float) -> subproce
 def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
     said = (done.stderr + b"\n" + done.stdout).decode(errors="replace").replace("\r", "")
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return "; ".join(lines[:3])[:300] or f"exit status {done.returncode}"
+    return "; ".join(lines[:3])[:300].rstrip(".") or f"exit status {done.returncode}"

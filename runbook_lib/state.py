@@ -151,7 +151,7 @@ def _apply(state: RunState, event: Event) -> RunState:
         case "run_ended":
             return replace(state, ended=data["state"], ended_time=event.time, locked=False, executor=None)
         case "check_recorded":
-            return replace(state, checks={**state.checks, data["check"]: data})
+            return replace(state, checks={**state.checks, data["check"]: {**data, "time": event.time}})
         case "step_intent" | "step_outcome" | "step_reset" | "step_blocked":
             old = state.step(data["step"])
             steps = {**state.steps, data["step"]: _apply_step(old, event)}

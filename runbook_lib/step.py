@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import cell, fence, lease, mirror, pinned
+from runbook_lib import cell, fence, lease, mirror, pinned, progress
 from runbook_lib.adapters import processes
 from runbook_lib.canonical import digest
 from runbook_lib.card import Card, Log, Part
@@ -158,7 +158,9 @@ class Step:
             return Card.of(replace(shown, title=shown.title or self.title), owner=self.owner)
         if self.each is None:
             return self._card(run, self._one(run, None))
-        results = self._at_once(run, self.each(run)) if self.limit else self._in_turn(run, self.each(run))
+        items = self.each(run)
+        with progress.over(run.scratch, self.title, items) as doing:
+            results = self._at_once(run, items, doing) if self.limit else self._in_turn(run, items, doing)
         result = StepResult(
             facts={item: dict(result.facts) for item, result in results.items()},
             artifacts=tuple(a for result in results.values() for a in result.artifacts),
@@ -181,10 +183,10 @@ class Step:
         commands = tuple(" ".join(line) for line in planned["commands"])
         return Card.of(result, owner=self.owner, commands=commands, parts=tuple(p for p in parts if p.state.attempt))
 
-    def _in_turn(self, run: Run, items: Sequence[str]) -> dict[str, StepResult]:
-        return {item: self._one(run, item) for item in items}
+    def _in_turn(self, run: Run, items: Sequence[str], doing: progress.Items) -> dict[str, StepResult]:
+        return {item: doing(item, self._one, run, item) for item in items}
 
-    def _at_once(self, run: Run, items: Sequence[str]) -> dict[str, StepResult]:
+    def _at_once(self, run: Run, items: Sequence[str], doing: progress.Items) -> dict[str, StepResult]:
         """Several items at a time, each with its own intent and outcome; one that fails does not stop the others.
 
         What a killed process left is settled before, one after the other: to settle is to end what was left running.
@@ -193,10 +195,10 @@ class Step:
         with lease.held(run):
             state = run.state
             in_doubt = [item for item in items if state.step(self.key(item)).status is Status.RUNNING]
-            results = self._in_turn(run, in_doubt)
+            results = self._in_turn(run, in_doubt, doing)
             rest = [item for item in items if item not in results]
             with ThreadPoolExecutor(self.limit(run), thread_name_prefix=self.name) as pool:
-                begun = {item: pool.submit(copy_context().run, self._one, run, item) for item in rest}
+                begun = {item: pool.submit(copy_context().run, doing, item, self._one, run, item) for item in rest}
             results.update({item: future.result() for item, future in begun.items()})
         return {item: results[item] for item in items}
 

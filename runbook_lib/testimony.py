@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,20 @@ from runbook_lib.state import RunState
 
 
 def record_check(run: Run, name: str, *, passed: bool, note: str, person: str, key: Path) -> dict[str, Any]:
-    """Record one manual spot check; the last word of a check counts, earlier ones stay in the ledger.
+    """Sign and record one manual spot check.
 
     Raises:
         UsageError: no such check, the run is elsewhere, or the person may not.
+    """
+    data = check_statement(run, name, passed=passed, note=note, person=person)
+    return keep_check(run, data, decisions.signed(data, key=key))
+
+
+def check_statement(run: Run, name: str, *, passed: bool, note: str, person: str) -> bytes:
+    """The bytes to sign for what a person saw at one spot check.
+
+    Raises:
+        UsageError: no such check, the run is elsewhere, or the person may not; the rule is named.
     """
     known = [check.name for check in run.params.spot_checks.checks]
     if name not in known:
@@ -43,13 +54,41 @@ def record_check(run: Run, name: str, *, passed: bool, note: str, person: str, k
         "ledger_head": state.head,
     }
     subject = [{"name": run.release.version, "digest": {"gitCommit": run.release.commit}}]
-    data = decisions.statement(decisions.SPOT_CHECK, subject, said)
-    signature = decisions.signed(data, key=key)
+    return decisions.statement(decisions.SPOT_CHECK, subject, said)
+
+
+def keep_check(run: Run, data: bytes, signature: bytes) -> dict[str, Any]:
+    """Record a signed spot check; the last word of a check counts, earlier ones stay in the ledger.
+
+    A person's last word said again is recorded once.
+
+    Raises:
+        UsageError: the signature is not the person's; nothing is recorded.
+    """
+    said = json.loads(data)["predicate"]
+    name, person = said["check"], said["person"]
     decisions.check_signature(run, data, signature, person=person)
-    kept = decisions.store(run, f"check-{name}-{sha256(data)[:8]}", data, signature)
-    recorded = {"check": name, "passed": passed, "note": note, "person": person, **kept}
-    run.ledger.append(run.run_id, "check_recorded", recorded)
+    recorded: dict[str, Any] = {key: said[key] for key in ("check", "passed", "note", "person")}
+
+    def is_new(state: RunState) -> None:
+        if state.ended or state.green("verify.sign_off"):
+            raise UsageError(
+                f"refused: run {run.run_id} is past its spot checks", remedy=f"runbook status {run.run_id}"
+            )
+        last = state.checks.get(name, {})
+        if all(last.get(key) == value for key, value in recorded.items()):
+            raise _SaidAlreadyError
+        recorded.update(decisions.store(run, f"check-{name}-{sha256(data)[:8]}", data, signature))
+
+    try:
+        run.ledger.append(run.run_id, "check_recorded", recorded, guard=is_new)
+    except _SaidAlreadyError:
+        return dict(run.state.checks[name])
     return recorded
+
+
+class _SaidAlreadyError(Exception):
+    """This is the check's last word already."""
 
 
 def resolve(run: Run, step: str, *, done: bool, comment: str, person: str, key: Path) -> dict[str, Any]:
@@ -80,7 +119,7 @@ def resolve(run: Run, step: str, *, done: bool, comment: str, person: str, key: 
     facts = {"settled by": person, "comment": comment, "statement": kept["statement"]}
 
     def still_blocked(state: RunState) -> None:
-        if state.step(step).status is not Status.BLOCKED:
+        if state.step(step).status is not Status.BLOCKED or state.step(step).attempt != now.attempt:
             raise UsageError(f"refused: {step} was settled by somebody else", remedy=f"runbook status {run.run_id}")
 
     if done:
@@ -91,6 +130,7 @@ def resolve(run: Run, step: str, *, done: bool, comment: str, person: str, key: 
             "status": "green",
             "result": result.as_json(),
             "duration_s": 0.0,
+            **kept,
         }
         run.ledger.append(run.run_id, "step_outcome", {**outcome, "settled_by": person}, guard=still_blocked)
     else:

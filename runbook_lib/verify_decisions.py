@@ -22,7 +22,7 @@ SPOT_CHECK = "https://runbook.dev/spot-check/v1"
 RESOLUTION = "https://runbook.dev/step-resolution/v1"
 _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 _FOLDER = "decisions/"
-_SIGN_OFF = {"backup": "backup.sign_off", "migration": "migrate.sign_off", "release": "verify.sign_off"}
+SIGN_OFF = {"backup": "backup.sign_off", "migration": "migrate.sign_off", "release": "verify.sign_off"}
 # Phases that lie behind each gate: what the playbook's "no step continues" means.
 BEHIND = {
     "backup": ("begin", "migrate", "deploy", "verify", "complete"),
@@ -52,7 +52,7 @@ class Decisions:
         with self.found.part("decisions recorded", _FOLDER):
             for event in self.events:
                 if event.kind in ("gate_decision", "check_recorded") or (
-                    event.kind == "step_reset" and "statement" in event.data
+                    event.kind in ("step_reset", "step_outcome") and "statement" in event.data
                 ):
                     recorded[str(event.data["statement"])] = event
             for path in sorted(recorded):
@@ -109,11 +109,13 @@ class Decisions:
         recorded = event.data
         if (recorded["sha256"], recorded["signature_sha256"]) != (sha256(data), sha256(signature)):
             raise VerificationError(f"it is not what event {event.seq} recorded")
-        for key in ("person", "decision", "comment", "check", "passed", "note", "gate", "round"):
+        for key in ("person", "decision", "comment", "check", "passed", "note", "gate", "round", "step", "attempt"):
             if key in recorded and recorded[key] != said.get(key):
                 raise VerificationError(
                     f"event {event.seq} has {key} {recorded[key]!r}, the statement {said.get(key)!r}"
                 )
+        if "step" in recorded and said.get("done") is not (event.kind == "step_outcome"):
+            raise VerificationError(f"event {event.seq} settles a step otherwise than the statement says")
 
     def _gate_decision(
         self, value: Mapping[str, Any], said: Mapping[str, Any], data: bytes, event: Event | None
@@ -188,7 +190,7 @@ class Decisions:
                     raise VerificationError(
                         f"event {event.seq}: {event.data['step']} rests on a decision on {name} that does not stand"
                     )
-        for name, key in _SIGN_OFF.items():
+        for name, key in SIGN_OFF.items():
             if self.state.green(key) and done[name] is None:
                 raise VerificationError(f"gate {name} is green in the ledger without its approvals")
 

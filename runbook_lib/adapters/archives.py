@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tarfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -34,8 +35,11 @@ class Archived:
     plain_bytes: int
 
 
-def read(archive: Path) -> Archived:
+def read(archive: Path, *, seen: Callable[[int], None] = lambda _: None) -> Archived:
     """Read an archive to its last byte, through the decompressor's own checks.
+
+    Args:
+        seen: told how many bytes of the archive were read so far, for the display of progress; from another thread.
 
     Raises:
         StepFailedError: it is damaged or cut.
@@ -52,7 +56,7 @@ def read(archive: Path) -> Archived:
         # Python's own readers stop before the end and see less: the programs check every byte and the checksum.
         with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
             assert child.stdin and child.stdout and child.stderr  # noqa: S101, PT018  # they are pipes
-            feeder = _Feeder(file, child.stdin)
+            feeder = _Feeder(file, child.stdin, seen)
             feeder.start()
             try:
                 files, plain_bytes = _contents(child.stdout)
@@ -72,16 +76,17 @@ def read(archive: Path) -> Archived:
 class _Feeder(threading.Thread):
     """Passes a file on to a decompressor and hashes it on the way."""
 
-    def __init__(self, file: IO[bytes], into: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], into: IO[bytes], seen: Callable[[int], None]) -> None:
         super().__init__(daemon=True)
         self.digest, self.whole = hashlib.sha256(), False
-        self._file, self._into = file, into
+        self._file, self._into, self._seen = file, into, seen
 
     def run(self) -> None:
         with contextlib.suppress(OSError), self._into:  # it ended early: its own word says why
             while block := self._file.read(_BLOCK_BYTES):
                 self.digest.update(block)
                 self._into.write(block)
+                self._seen(self._file.tell())
             self.whole = True
 
 

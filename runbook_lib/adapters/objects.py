@@ -51,6 +51,7 @@ class S3Store:
 
     Attributes:
         sent_bytes: what this object has stored so far.
+        received_bytes: what it has downloaded so far.
     """
 
     bucket: str
@@ -64,6 +65,7 @@ class S3Store:
     retain_days: int = 0
     retain_mode: str = "GOVERNANCE"
     sent_bytes: int = field(default=0, init=False)
+    received_bytes: int = field(default=0, init=False)
     _known: S3Client | None = field(default=None, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
@@ -116,6 +118,8 @@ class S3Store:
         with self._answering(stored.key):
             body = self._client.get_object(Bucket=self.bucket, Key=self._full(stored.key), **arguments)["Body"]  # type: ignore[arg-type]
             while block := body.read(_BLOCK_BYTES):
+                with self._lock:
+                    self.received_bytes += len(block)
                 yield block
 
     def versioned(self) -> bool:

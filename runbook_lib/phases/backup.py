@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,12 @@ def archive_files(run: Run, host: str) -> StepResult:
                 f"{host} has no file in {', '.join(run.params.all_hosts[host].files)}",
                 remedy=f"mend hosts.{host}.files",
             )
-        with progress.told(run.scratch, f"archive of {host}", lambda: part.stat().st_size, total=_foretold(run, host)):
+        size = on_disk.foretold(run, host, "bytes")
+        with progress.told(run.scratch, f"archive of {host}", lambda: part.stat().st_size, total=size):
             tar = run.services.shell.run(on_disk.tar_of(run, host, known, packed, part), name=f"tar-{host}")
         on_disk.sync(part)
         sent = files.streamed_sha256(tar.output)
-        archived = archives.read(part)
+        archived = _read_through(run, host, part)
         if sent != archived.sha256:
             raise StepFailedError(
                 f"the archive of {host} left it with sha256 {sent or 'unknown'} and is {archived.sha256} here",
@@ -141,11 +143,15 @@ def archive_files(run: Run, host: str) -> StepResult:
     return result
 
 
-def _foretold(run: Run, host: str = "") -> int | None:
-    """How big the archive of a host, or without one the dump, was the last time."""
-    key = archive_files.key(host) if host else dump_database.key()
-    before = (s.fact(key, "bytes") for s in run.ledger.runs(run.release.environment) if s.run_id != run.run_id)
-    return next((int(size) for size in before if size), None)
+def _read_through(run: Run, host: str, part: Path) -> archives.Archived:
+    read = 0
+
+    def seen(size_bytes: int) -> None:
+        nonlocal read
+        read = size_bytes
+
+    with progress.told(run.scratch, f"archive of {host}, read again", lambda: read, total=part.stat().st_size):
+        return archives.read(part, seen=seen)
 
 
 def _nobody_may_write(run: Run) -> bool:
@@ -215,7 +221,9 @@ def dump_database(run: Run) -> StepResult:
             known: dict[str, Any] = {"taken_at": utc_now(), "lsn": snapshot.lsn, "packed_by": packing.words}
             command = dumps.command(run, snapshot.name, packing, part)
             with (
-                progress.told(run.scratch, "dump", lambda: part.stat().st_size, total=_foretold(run)),
+                progress.told(
+                    run.scratch, "dump", lambda: on_disk.written_bytes(part), total=on_disk.foretold(run, "", "bytes")
+                ),
                 ThreadPoolExecutor(1) as pool,
             ):
                 dumping = pool.submit(copy_context().run, run.services.shell.run, command, name="pg_dump")
@@ -280,6 +288,7 @@ def validate_backup(run: Run) -> StepResult:
             shell=run.services.shell,
             timeout_s=run.params.backup.timeout_s,
             jobs=run.params.backup.jobs,
+            told=partial(progress.told, run.scratch),
         ),
         "archives": {},
     }

@@ -50,6 +50,7 @@ def deploy_to(run: Run, host: str, commit: str, *, name: str) -> StepResult:
     balanced = balancer is not None and params.balanced and params.url is not None
     before = serving(run, host)
     if balanced and balancer is not None:
+        fence.raise_on(run, host)  # the balancer knows no epochs: who is stale is refused before it asks
         balancer.drain(host, timeout_s=run.params.deploy.drain_timeout_s)
     done = run.services.shell.run(fence.through(run, deploy_command(run, host, commit), (host,)), name=f"{name}-{host}")
     if params.url is not None:
@@ -60,6 +61,7 @@ def deploy_to(run: Run, host: str, commit: str, *, name: str) -> StepResult:
                 f"{host} answers {health.status} and serves {after}, not {commit}", remedy=f"read {done.log}"
             )
     if balanced and balancer is not None:
+        fence.raise_on(run, host)
         balancer.ready(host)
     facts = {"commit": commit, "before": before, "seconds": round(done.duration_s, 1)}
     return StepResult(facts=facts if params.url is not None else {**facts, "before": "a worker does not say"})

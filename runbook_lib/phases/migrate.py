@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from runbook_lib import migration
+from runbook_lib.adapters import processes
 from runbook_lib.commands import migrations
 from runbook_lib.errors import StepFailedError, StepInDoubtError
 from runbook_lib.gate import gate_step
@@ -179,8 +180,10 @@ def _already_migrated(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
     """Each migration and its row in schema_migrations are one transaction: the rows tell, where that is so."""
     migration.refuse_while_migrating(run)
     found = _migrated(run)
-    # The command's lock file stands from before its fork on: without one nothing was started.
-    if found is None and any((run.folder / intent["children"]).glob("migrate.*")):
+    # The command's lock file stands from before its fork on: without one nothing was started here. Whether another
+    # machine had started it, nobody sees from here.
+    begun = not processes.is_here(intent["executor"]) or any((run.folder / intent["children"]).glob("migrate.*"))
+    if found is None and begun:
         files = migrations.versions_in(run.tree(run.release.commit), run.params.migrations.directory)
         first = migration.pending_versions(run, run.params.database.production)[0]
         if not migrations.transactional(files[first]):

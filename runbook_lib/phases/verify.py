@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from typing import Any
 
-from runbook_lib import charts, log_scan, maintenance, telemetry, watch
+from runbook_lib import charts, live_chart, log_scan, maintenance, progress, telemetry, watch
 from runbook_lib.clock import epoch_s
 from runbook_lib.errors import PausedError, StepFailedError
 from runbook_lib.gate import gate_step
@@ -104,22 +104,27 @@ def watch_telemetry(run: Run) -> StepResult:
     baseline = telemetry.collect(run, began - settings.baseline_s, began, "baseline")
     names, config = telemetry.metrics(run.params), telemetry.watch_config(run.params)
     extended = 0
-    while True:
-        start_s = time.time()
-        _sit_through(settings.duration_s, extended)
-        current = telemetry.collect(run, start_s, start_s + settings.duration_s, "current")
-        samples = [s for s in (*baseline, *current) if s.metric in names]
-        judgement = watch.judge(samples, config)
-        if judgement.verdict != "inconclusive" or extended >= settings.extensions:
-            break
-        extended += 1
-    artifacts = [
-        run.keep("watch/series.csv", telemetry.as_csv([*baseline, *current])),
-        run.keep("watch/judgement.json", json.dumps(judgement.as_json(), indent=1, sort_keys=True)),
-    ]
-    for name in names:
-        png = charts.chart(name, samples, judgement, title=_TITLES[name], unit=telemetry.UNITS[name])
-        artifacts.append(run.keep(f"watch/{name}.png", png))
+    with live_chart.live(run, config, baseline) as live:
+        while True:
+            start_s = time.time()
+            with live.window(start_s, settings.duration_s):
+                _sit_through(run, extended)
+            current = telemetry.collect(run, start_s, start_s + settings.duration_s, "current")
+            samples = [s for s in (*baseline, *current) if s.metric in names]
+            judgement = watch.judge(samples, config)
+            if judgement.verdict != "inconclusive" or extended >= settings.extensions:
+                break
+            extended += 1
+        artifacts = [
+            run.keep("watch/series.csv", telemetry.as_csv([*baseline, *current])),
+            run.keep("watch/judgement.json", json.dumps(judgement.as_json(), indent=1, sort_keys=True)),
+        ]
+        pictures = []
+        for name in names:
+            png = charts.chart(name, samples, judgement, title=_TITLES[name], unit=telemetry.UNITS[name])
+            artifacts.append(run.keep(f"watch/{name}.png", png))
+            pictures.append((png, charts.describe(name, judgement)))
+        live.end(pictures)
     judged: dict[str, Any] = json.loads(json.dumps(judgement.as_json()))
     reasons = {name: "; ".join(one["reasons"]) or one["verdict"] for name, one in judged["metrics"].items()}
     return StepResult(
@@ -142,16 +147,13 @@ _TITLES = {
 }
 
 
-def _sit_through(duration_s: float, extended: int) -> None:
+def _sit_through(run: Run, extended: int) -> None:
     """Wait for the window to pass, saying how far it is."""
-    start, told = time.monotonic(), -1
-    while (passed := time.monotonic() - start) < duration_s:
-        tenth = int(10 * passed / duration_s)
-        if tenth != told:
-            told = tenth
-            print(f"watching{' again' if extended else ''}: {passed:.0f} of {duration_s:.0f} s", flush=True)
-        time.sleep(min(1.0, duration_s - passed))
-    print("watched", flush=True)
+    start, duration_s = time.monotonic(), run.params.watch.duration_s
+    what = f"watch, extended {extended} times" if extended > 1 else "watch, extended once" if extended else "watch"
+    with progress.told(run.scratch, what, lambda: round(time.monotonic() - start), total=round(duration_s), unit="s"):
+        while (passed := time.monotonic() - start) < duration_s:
+            time.sleep(min(1.0, duration_s - passed))
 
 
 def _first_started(run: Run, key: str) -> str:

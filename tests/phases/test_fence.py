@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,8 +25,8 @@ from tests.project import wait_until
 
 Open = Callable[..., Opened]
 
-# Runs a step and stops itself, as a machine that goes to sleep would, where it is about to start a program; it goes by
-# the name of that machine.
+# Runs a step and stops itself, as a machine that goes to sleep would, where it is about to start a program or to send a
+# request; it goes by the name of that machine. A host is not looked at before the intent: the stop comes after it.
 _STALLS = """
 import os, signal, sys
 from importlib import import_module
@@ -34,13 +35,14 @@ from runbook_lib.adapters import processes
 here = processes._machine()
 processes._machine = lambda: {**here, "host": sys.argv[4]}
 def stall(event, words):
-    if event == "subprocess.Popen" and any(sys.argv[3] in str(word) for word in words[1]):
+    about = {"subprocess.Popen": words[1:2], "urllib.Request": (words[:1],)}.get(event, ())
+    if any(sys.argv[3] in str(word) for argv in about for word in argv):
         os.kill(os.getpid(), signal.SIGSTOP)
 phase, name = sys.argv[2].split(".")
 step = getattr(import_module("runbook_lib.phases." + phase), name)
 step.before, step.guard = (), None
 if phase == "deploy":
-    step.each = lambda run: ("app-01",)
+    step.each, step.look = (lambda run: ("app-01",)), None
 sys.addaudithook(stall)
 step(wiring.attach(sys.argv[1]))
 """
@@ -48,7 +50,7 @@ step(wiring.attach(sys.argv[1]))
 
 @contextmanager
 def stalled(run: Run, step: str, program: str, *, host: str = "laptop") -> Iterator[subprocess.Popen[str]]:
-    """An executor of a step that was stopped just before it starts a program."""
+    """An executor of a step that was stopped just before it starts a program, or sends a request."""
     argv = (sys.executable, "-c", _STALLS, run.run_id, step, program, host)
     with subprocess.Popen(argv, cwd=PROJECT, stderr=subprocess.PIPE, text=True) as process:
 
@@ -212,6 +214,57 @@ def test_a_process_on_this_machine_is_ended_by_a_takeover(locked: Run) -> None:
 def test_there_is_nothing_to_take_over_when_nobody_is_at_work(opened: Open) -> None:  # noqa: F811
     with pytest.raises(UsageError, match="nobody is at work"):
         lease.take_over(opened().run, reason="bored")
+
+
+def test_a_step_that_another_machine_left_in_the_middle_is_taken_over_though_its_lease_was_given_back(
+    locked: Run,
+) -> None:
+    with stalled(locked, "prepare.confirm_candidate", "git") as old:
+        old.kill()
+        old.wait()
+    # Interrupted there: the executor gave the lease back, and its step stands in the middle.
+    wiring.attach(locked.run_id).ledger.append(locked.run_id, "lease_released", {})
+    with pytest.raises(PausedError, match=f"runbook takeover {locked.run_id}"):
+        prepare.confirm_candidate(locked)
+
+    lease.take_over(locked, reason="that machine is lost")
+
+    assert prepare.confirm_candidate(locked).status == "green"
+
+
+def test_a_stalled_deployment_that_wakes_up_takes_no_host_from_the_users(locked: Run) -> None:
+    balancer = locked.services.balancer
+    assert balancer is not None
+    with stalled(locked, "deploy.deploy_release", "/version") as old:  # before its first deed
+        lease.take_over(locked, reason="asleep")
+        assert deploy.deploy_release(locked).status == "green"
+
+        assert "FencedError" in woken(old)
+
+    assert {backend.name: backend.state for backend in balancer.backends()}["app-01"] == "ready"
+    take_back(locked)
+
+
+def test_a_migration_outside_a_transaction_that_another_machine_left_is_not_begun_again(
+    locked: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runbook_lib.commands import migrations
+    from runbook_lib.migration import applied_versions
+
+    monkeypatch.setattr(migrations, "transactional", lambda _path: False)
+    before = applied_versions(locked, locked.params.database.production)
+    with stalled(locked, "migrate.migrate_production", "dbmate") as old:
+        old.kill()
+        old.wait()
+    # That machine's logs came with nobody: whether the command began cannot be seen here.
+    shutil.rmtree(locked.folder / locked.state.step("migrate.migrate_production").intent["children"])
+    lease.take_over(locked, reason="that machine is lost")
+
+    with pytest.raises(StepInDoubtError, match="may be half done"):
+        migrate.migrate_production(locked)
+
+    assert locked.state.step("migrate.migrate_production").status is Status.BLOCKED
+    assert applied_versions(locked, locked.params.database.production) == before
 
 
 def test_what_a_dead_executor_left_running_in_the_server_is_ended(

@@ -54,6 +54,13 @@ def outcome(
     return "step_outcome", {"step": step, "attempt": attempt, "status": status, "epoch": epoch, "result": result}
 
 
+def settled(told: Told) -> Told:
+    """An end that a person's signed statement gave."""
+    kind, data = told
+    kept = {"statement": "resolve.json", "sha256": sha256(b"{}"), "signature_sha256": sha256(b"signed")}
+    return kind, {**data, **kept}
+
+
 OPENED: Told = ("run_opened", {"environment": "rehearsal", "opened_by": "robin", "epoch": 0})
 LEASE: Told = ("lease_taken", {"epoch": 1, "executor": {"pid": 1}})
 ASKED: Told = (
@@ -77,6 +84,8 @@ APPROVED: Told = (
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "evidence.json").write_text("{}")
+    (tmp_path / "resolve.json").write_text("{}")
+    (tmp_path / "resolve.json.sig").write_text("signed")
     (tmp_path / "dump.json").write_text("dump")
     return tmp_path
 
@@ -98,7 +107,7 @@ def sound_story() -> list[Told]:
         ("lease_taken", {"epoch": 4, "executor": {"pid": 2}}),
         intent("begin.fence", epoch=4, gates={"backup": ["d1"]}),
         ("step_blocked", {"step": "begin.fence", "attempt": 1, "why": "unknown", "epoch": 4}),
-        outcome("begin.fence", epoch=4),
+        settled(outcome("begin.fence", epoch=4)),
         ("something_of_a_later_version", {"epoch": 4}),
     ]
 
@@ -144,6 +153,36 @@ def added(*new: Told) -> Callable[[list[Told]], list[Told]]:
         ),
         pytest.param(replaced(9, ("gate_decision", {**APPROVED[1], "decision": "reject"})), GATES, id="a rejection"),
         pytest.param(replaced(8, ("gate_opened", {**ASKED[1], "quorum": 2})), GATES, id="one approval of two"),
+        pytest.param(
+            lambda told: [
+                *told[:8],
+                ("gate_opened", {**ASKED[1], "quorum": 2}),
+                told[9],
+                ("gate_decision", {**APPROVED[1], "sha256": "d2"}),
+                *told[10:12],
+                intent("begin.fence", epoch=4, gates={"backup": ["d1", "d2"]}),
+            ],
+            GATES,
+            id="two approvals of one person",
+        ),
+        pytest.param(
+            replaced(10, ("gate_decision", {**APPROVED[1], "decision": "reject", "person": "bea", "sha256": "d2"})),
+            GATES,
+            id="a rejection beside the approval",
+        ),
+        pytest.param(
+            replaced(9, ("gate_decision", {**APPROVED[1], "person": "robin"})), GATES, id="an approval by the opener"
+        ),
+        pytest.param(
+            added(
+                ("step_reset", {"step": "backup.dump", "attempt": 1, "why": "", "epoch": 4}),
+                intent("backup.dump", 2, epoch=4),
+                outcome("backup.dump", 2, epoch=4),
+            ),
+            ONCE,
+            id="green again after a reset",
+        ),
+        pytest.param(replaced(14, outcome("begin.fence", epoch=4)), ORDER, id="a doubt that nobody settled"),
         pytest.param(replaced(15, ("note", {"epoch": 1})), EPOCHS, id="a stale executor wrote"),
         pytest.param(replaced(15, ("note", {"epoch": 9})), EPOCHS, id="an epoch that nobody was given"),
         pytest.param(added(("lease_taken", {"epoch": 4, "executor": {}})), EPOCHS, id="an epoch twice"),

@@ -1,0 +1,71 @@
+"""A step in doubt is settled by a signed statement, which the ledger names, and by nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runbook_lib import decisions, testimony
+from runbook_lib.adapters import processes
+from runbook_lib.canonical import sha256_file
+from runbook_lib.errors import UsageError
+from runbook_lib.fsck import examine
+from runbook_lib.model import Status
+from runbook_lib.run import Run
+
+KEY = "prepare.freeze_merges"
+
+
+@pytest.fixture
+def blocked(run: Run) -> Run:
+    """A run of which nobody knows whether a step's effect is there."""
+    run.ledger.append(
+        run.run_id,
+        "step_intent",
+        {"step": KEY, "phase": "prepare", "attempt": 1, "title": "Freeze merges", "executor": processes.me()},
+    )
+    run.ledger.append(run.run_id, "step_blocked", {"step": KEY, "attempt": 1, "why": "cannot tell"})
+    return run
+
+
+@pytest.mark.parametrize(("done", "then"), [(True, Status.GREEN), (False, Status.PENDING)])
+def test_a_signed_statement_settles_a_step_and_the_ledger_names_it(
+    blocked: Run, people: dict[str, Path], done: bool, then: Status
+) -> None:
+    testimony.resolve(blocked, KEY, done=done, comment="looked", person="dan", key=people["dan"])
+
+    settled = blocked.ledger.events(blocked.run_id)[-1].data
+    said = json.loads((blocked.folder / settled["statement"]).read_bytes())["predicate"]
+    assert blocked.state.step(KEY).status is then
+    assert (said["step"], said["done"], said["person"]) == (KEY, done, "dan")
+    assert settled["sha256"] == sha256_file(blocked.folder / settled["statement"])
+    decisions.load(blocked, settled)
+    assert [f for f in examine(blocked.ledger.events(blocked.run_id), blocked.folder) if not f.ok] == []
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_settlement_whose_statement_is_gone_is_named(blocked: Run, people: dict[str, Path], done: bool) -> None:
+    testimony.resolve(blocked, KEY, done=done, comment="looked", person="dan", key=people["dan"])
+    for file in (blocked.folder / "decisions").iterdir():
+        file.unlink()
+
+    found = [f.why for f in examine(blocked.ledger.events(blocked.run_id), blocked.folder) if not f.ok]
+
+    assert len(found) == 1
+    assert found[0].endswith("is not there")
+
+
+@pytest.mark.parametrize(
+    ("person", "key_of", "why"),
+    [("dan", "bea", "the signature is not dan's"), ("mallory", "dan", "is nobody in the params file")],
+)
+def test_nobody_settles_a_step_in_anothers_name(
+    blocked: Run, people: dict[str, Path], person: str, key_of: str, why: str
+) -> None:
+    with pytest.raises(UsageError, match=why):
+        testimony.resolve(blocked, KEY, done=True, comment="looked", person=person, key=people[key_of])
+
+    assert blocked.state.step(KEY).status is Status.BLOCKED
+    assert not (blocked.folder / "decisions").exists()
