@@ -10,22 +10,24 @@ import asyncio
 import contextlib
 import secrets as random
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import ipywidgets as w
 
-from runbook_lib import cell, desk_page, testimony, work
+from runbook_lib import cell, desk_page, signatures, testimony, work
 from runbook_lib.desk_facts import Sources
 from runbook_lib.desk_page import Facts, next_phase, open_gate, signed, standing
-from runbook_lib.errors import RunbookError
+from runbook_lib.errors import RunbookError, UsageError
 from runbook_lib.follow import Follower
 from runbook_lib.pages import output, text
 from runbook_lib.render import failing, in_doubt
 from runbook_lib.run import Run
+from runbook_lib.signer import LABEL, WIDE, Signer
 from runbook_lib.state import RunState
 
 _EVERY_S = 0.5
+_EVIDENCE = "It is part of what you sign"
 # Focus must be seen in both themes; a twin is seen only when no living widget hides it.
 _FOCUS = (
     ".rb-desk button:focus-visible,.rb-desk input:focus-visible,.rb-desk textarea:focus-visible,"
@@ -239,55 +241,44 @@ class Desk:
 
     def _ask_settle(self) -> None:
         steps, people = in_doubt(self.state), self.run.params.with_a_role()
-        step = w.Dropdown(options=steps, description="Step")
-        seen = w.RadioButtons(
-            options=[("Done: its effect is there", True), ("Not done: it may start again", False)],
-            value=None,
-            description="You saw",
+        # A field to type in: in a notebook a menu's letters and arrows are JupyterLab's own.
+        step = w.Combobox(options=steps, value=steps[0], description="Step", style=LABEL, layout=WIDE)
+        signer = Signer(self.run, people, lambda: None)
+        signer.offer(signatures.agent_keys())
+        seen = w.Text(
+            placeholder="what you looked at and saw",
+            description="Evidence",
+            style=LABEL,
+            layout=WIDE,
+            tooltip=_EVIDENCE,
         )
-        person = w.Dropdown(options=["", *people], description="You are")
-        key = w.Text(placeholder="path of your SSH key, or its .pub in ssh-agent", description="Key")
-        comment = w.Text(placeholder="what you looked at and saw", description="Evidence")
 
-        def sign() -> None:
-            missing = [
-                name
-                for name, value in (
-                    ("what you saw", seen.value is not None),
-                    ("who you are", person.value),
-                    ("your key", key.value.strip()),
-                    ("the evidence", comment.value.strip()),
+        def sign(*, done: bool) -> None:
+            if not seen.value.strip():
+                raise UsageError("nothing was signed: the evidence is missing", remedy="say what you looked at and saw")
+            person = signer.person
+            with signer.key_file() as key:
+                testimony.resolve(
+                    self.run, step.value.strip(), done=done, comment=seen.value.strip(), person=person, key=key
                 )
-                if not value
-            ]
-            if missing:
-                self._say(f"{', '.join(missing)} is missing; nothing was signed", bad=True)
-                return
-            testimony.resolve(
-                self.run,
-                step.value,
-                done=bool(seen.value),
-                comment=comment.value.strip(),
-                person=person.value,
-                key=Path(key.value.strip()).expanduser(),
-            )
-            word = "done" if seen.value else "not done"
-            self._say(f"{step.value} is settled as {word}, signed by {person.value}")
+            self._say(f"{step.value} is settled as {'done' if done else 'not done'}, signed by {person}")
             self._close()
 
         what = (
             f"No step can be skipped. One that is in doubt is declared done, or not done, only by a signed statement of "
             f"somebody who holds a role: {', '.join(people)}. Look at its target first."
         )
-        yes = _button("Sign and resolve", "check", "warning", self._pressed(sign))
-        yes.tooltip = "Signs the statement with your key and records it"
-        self._open(what, [step, seen, person, key, comment], yes)
+        yes = _button("Sign: it is done", "check", "warning", self._pressed(partial(sign, done=True)))
+        yes.tooltip = "Its effect is there: signs that with your key, and the step is green"
+        no = _button("Sign: it is not done", "repeat", "warning", self._pressed(partial(sign, done=False)))
+        no.tooltip = "Its effect is not there: signs that with your key, and the step may start again"
+        self._open(what, [step, signer.box, seen], yes, no)
 
-    def _open(self, what: str, fields: Sequence[Any], yes: w.Button) -> None:
+    def _open(self, what: str, fields: Sequence[Any], *yes: w.Button) -> None:
         no = _button("Leave it", "times", "", self._close)
         no.tooltip = "Close this; nothing happens"
         said = w.HTML(output(f'<div class="box"><p>{text(what)}</p></div>', more_style=".rb .box{max-width:1000px}"))
-        self.form.children = (said, *fields, w.HBox([yes, no]))
+        self.form.children = (said, *fields, w.HBox([*yes, no], layout=w.Layout(flex_flow="row wrap")))
         self.form.layout.display = None
 
     def _close(self) -> None:

@@ -119,5 +119,6 @@ def _lost(worker: work.Worker | None, run_id: str) -> str:
     if worker is None or worker.alive:
         return ""
     if worker.alive is None:
-        return f"{worker.name} holds the run and cannot be looked at from here: look there"
+        lost = f"if that machine is lost: runbook takeover {run_id} --reason TEXT"
+        return f"{worker.name} holds the run and cannot be looked at from here: look there; {lost}"
     return f"{worker.name} worked on the run and is gone: runbook resume {run_id} goes on"

@@ -211,11 +211,12 @@ def test_abort_ends_the_run_with_the_reason(run: Run) -> None:
     assert "aborted" in desk.twin
 
 
-def fill(desk: Desk, *, done: bool | None, person: str, key: Path, comment: str) -> None:
+def sign(desk: Desk, word: str, *, person: str = "", key: Path | str = "", comment: str = "") -> None:
     desk.settle.click()
-    _, _, seen, who, file, evidence, row = desk.form.children
-    seen.value, who.value, file.value, evidence.value = done, person, str(key), comment
-    row.children[0].click()
+    _, step, signer, seen, row = desk.form.children
+    assert step.value == "backup.dump_database"
+    signer.children[0].value, signer.children[1].value, seen.value = person, str(key), comment
+    next(button for button in row.children if button.description == word).click()
 
 
 def test_a_blocked_step_is_settled_only_by_a_signed_statement(run: Run, people: dict[str, Path]) -> None:
@@ -223,17 +224,30 @@ def test_a_blocked_step_is_settled_only_by_a_signed_statement(run: Run, people: 
     assert desk.settle.layout.display is None
     assert desk.run_next.disabled
 
-    fill(desk, done=None, person="", key=Path(), comment="")
-    assert "nothing was signed" in said(desk)
-    fill(desk, done=True, person="dan", key=people["quinn"], comment="it is there")
-    assert "the signature is not dan" in said(desk)
-    assert run.state.step("backup.dump_database").status is Status.BLOCKED
-    fill(desk, done=True, person="dan", key=people["dan"], comment="it is there")
+    for missing in (
+        {"comment": ""},
+        {"comment": "there"},
+        {"comment": "there", "person": "dan"},
+        {"comment": "there", "person": "dan", "key": people["quinn"]},
+    ):
+        sign(desk, "Sign: it is done", **missing)
+        assert "nothing was signed" in said(desk) or "the signature is not dan" in said(desk)
+        assert run.state.step("backup.dump_database").status is Status.BLOCKED
+    sign(desk, "Sign: it is done", person="dan", key=people["dan"], comment="it is there")
 
     assert run.state.green("backup.dump_database")
     assert "settled as done, signed by dan" in said(desk)
     assert desk.settle.layout.display == "none"
     assert desk.form.children == ()
+
+
+def test_a_step_that_was_not_done_may_start_again(run: Run, people: dict[str, Path]) -> None:
+    desk = Desk(blocked(run))
+
+    sign(desk, "Sign: it is not done", person="dan", key=people["dan"], comment="nothing there")
+
+    assert run.state.step("backup.dump_database").status is Status.PENDING
+    assert not desk.run_next.disabled
 
 
 def test_no_step_can_be_skipped_and_the_people_who_may_sign_are_named(run: Run) -> None:
