@@ -342,7 +342,7 @@ def _gate(state: RunState, facts: Facts) -> str:
         ("Signed", f"{len(approved)} of {rule.quorum}" + (f": {', '.join(approved)}" if approved else "")),
         ("May sign", f"{', '.join(may_sign) or 'nobody'} ({' or '.join(rule.roles)})"),
         ("Time left", time_left),
-        ("Where", f"{phase.notebook}, its last cell; or: runbook gate show {state.run_id} {name}"),
+        ("Where", f"the last cell of {phase.notebook}, or: runbook gate"),
     )
 
 

@@ -80,7 +80,7 @@ def test_the_next_phase_is_named_and_started_as_the_installed_command_in_its_own
     (folder,) = (run.scratch / "desk").iterdir()
     started = work.newest(run)
     assert started.words == ("resume", run.run_id, "--until", "prepare")
-    assert "was started" in said(desk)
+    assert "it goes on when this page is closed" in said(desk)
     pid = int((folder / "command.json").read_text().split('"pid":')[1].split(",")[0])
     if started.alive:
         assert os.getsid(pid) == pid
