@@ -10,22 +10,24 @@ import asyncio
 import contextlib
 import secrets as random
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import ipywidgets as w
 
-from runbook_lib import cell, desk_page, testimony, work
+from runbook_lib import cell, desk_page, signatures, testimony, work
 from runbook_lib.desk_facts import Sources
-from runbook_lib.desk_page import Facts, next_phase, open_gate, standing
-from runbook_lib.errors import RunbookError
+from runbook_lib.desk_page import Facts, next_phase, open_gate, signed, standing
+from runbook_lib.errors import RunbookError, UsageError
 from runbook_lib.follow import Follower
 from runbook_lib.pages import output, text
 from runbook_lib.render import failing, in_doubt
 from runbook_lib.run import Run
+from runbook_lib.signer import LABEL, WIDE, Signer
 from runbook_lib.state import RunState
 
 _EVERY_S = 0.5
+_EVIDENCE = "It is part of what you sign"
 # Focus must be seen in both themes; a twin is seen only when no living widget hides it.
 _FOCUS = (
     ".rb-desk button:focus-visible,.rb-desk input:focus-visible,.rb-desk textarea:focus-visible,"
@@ -36,6 +38,9 @@ _FOCUS = (
     ".rb-desk button.mod-primary{background:#0b57c2}.rb-desk button.mod-warning{background:#8a4b00}"
     ".rb-desk button.mod-danger{background:#b01c1c}.rb-desk button[class*=mod-]{color:#fff}"
 )
+
+
+_SAID = ".rb .said,.rb summary{font-size:12.5px}.rb pre{max-height:160px;overflow:auto}"
 
 
 def show(run: Run) -> Desk:
@@ -121,11 +126,11 @@ class Desk:
     def draw(self) -> None:
         """Look, and draw what changed."""
         self._look()
-        facts = self._facts()
+        command = work.newest(self.run)
+        facts = self._facts = self._sources.facts(self._seen, command, trouble=self._trouble)
         head, left, right = desk_page.parts(self.state, facts)
         self._head.value, self._left.value, self._right.value = head, left, right  # equal values are not sent
-        command = work.newest(self.run)
-        self._offer(facts, command)
+        self._offer(facts)
         self._tell(command)
         told = (self.state.head, facts.at_work, facts.lost, facts.edited, facts.trouble)
         if told != self._drawn:  # a second that passes is nothing to save
@@ -141,21 +146,18 @@ class Desk:
         except RunbookError as error:
             self._trouble = (f"what is shown may be old: {error}",)
 
-    def _facts(self) -> Facts:
-        return self._sources.facts(self._seen, trouble=self._trouble)
-
     def _show_twin(self) -> None:
         when = f"As it stood when it was drawn last. How it stands now: <code>runbook status {text(self.run.run_id)}</code>"
         body = f'<div class="{self._name}">{self.twin}{output(f"<p>{when}</p>")}</div>'
-        plain = f"{standing(self.state, self._facts()).word}: run {self.run.run_id}"
+        plain = f"{standing(self.state, self._facts).word}: run {self.run.run_id}"
         self._twin.show({"text/html": body, "text/plain": plain})
 
     # --- buttons -------------------------------------------------------------------------------------------------
 
-    def _offer(self, facts: Facts, command: work.Command | None) -> None:
+    def _offer(self, facts: Facts) -> None:
         """Which buttons there are, what they say, and which of them can be pressed now."""
         state = self.state
-        busy = bool(facts.at_work) or (command is not None and command.alive)
+        busy = bool(facts.at_work)
         self._words, label, hint = self._next_words(facts)
         self.run_next.description, self.run_next.tooltip = label, hint
         self.run_next.disabled = busy or not self._words
@@ -191,6 +193,8 @@ class Desk:
         again = [key for key in failing(state) if key.startswith(f"{phase}.")]
         if open_gate(state, facts):
             name = open_gate(state, facts)
+            if signed(state, facts, name):
+                return ("resume", run, "--until", phase), f"Pass gate {name}", f"runbook resume --until {phase}"
             hint = f"Gate {name} waits for people; this looks whether they have decided, and goes no further"
             return ("resume", run, "--until", phase), f"Look at gate {name} again", hint
         label = f"Try {phase} again" if again else f"Run next phase: {phase}"
@@ -201,8 +205,9 @@ class Desk:
         self._start(self._words)
 
     def _start(self, words: Sequence[str]) -> None:
-        if not words:
-            return
+        before = work.newest(self.run)
+        if not words or (self._waited_for and before is not None and before.alive and before.words == tuple(words)):
+            return  # the second half of a double click
         work.start(self.run, words)
         self._say(f"runbook {words[0]} was started; it goes on when this page is closed")
         self._waited_for = True
@@ -236,55 +241,44 @@ class Desk:
 
     def _ask_settle(self) -> None:
         steps, people = in_doubt(self.state), self.run.params.with_a_role()
-        step = w.Dropdown(options=steps, description="Step")
-        seen = w.RadioButtons(
-            options=[("Done: its effect is there", True), ("Not done: it may start again", False)],
-            value=None,
-            description="You saw",
+        # A field to type in: in a notebook a menu's letters and arrows are JupyterLab's own.
+        step = w.Combobox(options=steps, value=steps[0], description="Step", style=LABEL, layout=WIDE)
+        signer = Signer(self.run, people, lambda: None)
+        signer.offer(signatures.agent_keys())
+        seen = w.Text(
+            placeholder="what you looked at and saw",
+            description="Evidence",
+            style=LABEL,
+            layout=WIDE,
+            tooltip=_EVIDENCE,
         )
-        person = w.Dropdown(options=["", *people], description="You are")
-        key = w.Text(placeholder="path of your SSH key, or its .pub in ssh-agent", description="Key")
-        comment = w.Text(placeholder="what you looked at and saw", description="Evidence")
 
-        def sign() -> None:
-            missing = [
-                name
-                for name, value in (
-                    ("what you saw", seen.value is not None),
-                    ("who you are", person.value),
-                    ("your key", key.value.strip()),
-                    ("the evidence", comment.value.strip()),
+        def sign(*, done: bool) -> None:
+            if not seen.value.strip():
+                raise UsageError("nothing was signed: the evidence is missing", remedy="say what you looked at and saw")
+            person = signer.person
+            with signer.key_file() as key:
+                testimony.resolve(
+                    self.run, step.value.strip(), done=done, comment=seen.value.strip(), person=person, key=key
                 )
-                if not value
-            ]
-            if missing:
-                self._say(f"{', '.join(missing)} is missing; nothing was signed", bad=True)
-                return
-            testimony.resolve(
-                self.run,
-                step.value,
-                done=bool(seen.value),
-                comment=comment.value.strip(),
-                person=person.value,
-                key=Path(key.value.strip()).expanduser(),
-            )
-            word = "done" if seen.value else "not done"
-            self._say(f"{step.value} is settled as {word}, signed by {person.value}")
+            self._say(f"{step.value} is settled as {'done' if done else 'not done'}, signed by {person}")
             self._close()
 
         what = (
             f"No step can be skipped. One that is in doubt is declared done, or not done, only by a signed statement of "
             f"somebody who holds a role: {', '.join(people)}. Look at its target first."
         )
-        yes = _button("Sign and resolve", "check", "warning", self._pressed(sign))
-        yes.tooltip = "Signs the statement with your key and records it"
-        self._open(what, [step, seen, person, key, comment], yes)
+        yes = _button("Sign: it is done", "check", "warning", self._pressed(partial(sign, done=True)))
+        yes.tooltip = "Its effect is there: signs that with your key, and the step is green"
+        no = _button("Sign: it is not done", "repeat", "warning", self._pressed(partial(sign, done=False)))
+        no.tooltip = "Its effect is not there: signs that with your key, and the step may start again"
+        self._open(what, [step, signer.box, seen], yes, no)
 
-    def _open(self, what: str, fields: Sequence[Any], yes: w.Button) -> None:
+    def _open(self, what: str, fields: Sequence[Any], *yes: w.Button) -> None:
         no = _button("Leave it", "times", "", self._close)
         no.tooltip = "Close this; nothing happens"
         said = w.HTML(output(f'<div class="box"><p>{text(what)}</p></div>', more_style=".rb .box{max-width:1000px}"))
-        self.form.children = (said, *fields, w.HBox([yes, no]))
+        self.form.children = (said, *fields, w.HBox([*yes, no], layout=w.Layout(flex_flow="row wrap")))
         self.form.layout.display = None
 
     def _close(self) -> None:
@@ -306,14 +300,14 @@ class Desk:
         return press
 
     def _say(self, said: str, *, bad: bool = False) -> None:
-        self._answer = f'<p class="{"why" if bad else "soft"}">{"✖ " if bad else ""}{text(said)}</p>'
+        self._answer = f'<p class="said {"why" if bad else "soft"}">{"✖ " if bad else ""}{text(said)}</p>'
 
     def _tell(self, command: work.Command | None) -> None:
         """The answer to the last press, and the last words of a command that failed."""
         if command is not None and not command.alive and self._waited_for:
             self._waited_for, self._answer = False, ""
             if said := command.outcome():
-                self._say(said)
+                self._say(said.partition(". Next: ")[0])
         failed = command is not None and command.failed and not self.state.ended
         log = ""
         if command is not None and failed:
@@ -322,7 +316,7 @@ class Desk:
                 f'<details open><summary class="why">✖ runbook {text(command.words[0])} ended {code}: its last lines'
                 f"</summary><pre>{text(command.tail())}</pre></details>"
             )
-        self._said.value = output(self._answer + log) if self._answer or log else ""
+        self._said.value = output(self._answer + log, more_style=_SAID) if self._answer or log else ""
 
 
 def _button(label: str, icon: str, style: str, act: Callable[[], None]) -> Any:

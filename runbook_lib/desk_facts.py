@@ -39,15 +39,19 @@ class Sources:
             for module in (*FORWARD, rollback, review)
         )
 
-    def facts(self, seen: Follower, *, trouble: tuple[str, ...] = ()) -> Facts:
+    def facts(self, seen: Follower, started: work.Command | None = None, *, trouble: tuple[str, ...] = ()) -> Facts:
         """The facts of this moment.
 
         Args:
             seen: the ledger as of the last look.
+            started: the last command that a desk started: it is at work before it holds the run's lease.
             trouble: what else must be shown.
         """
         run, state, params = self.run, seen.state, self.run.params
         worker = work.worker(state)
+        at_work = worker.said if worker is not None and worker.alive else ""
+        if not at_work and started is not None and started.alive:
+            at_work = f"runbook {started.words[0]} (just started)"
         sealed = (run.folder / "statement.json.sig").exists()
         return Facts(
             now=Moment.now(),
@@ -61,8 +65,8 @@ class Sources:
             budget_s=params.window.budget_s,
             way_back_s=sum(step.expected_s for p in self.phases if p.name == "rollback" for step in p.steps),
             read_only=read_only(seen.events, before_watch=params.maintenance.lift == "before_watch"),
-            at_work=worker.said if worker is not None and worker.alive else "",
-            lost=_lost(worker, run.run_id),
+            at_work=at_work,
+            lost="" if at_work else _lost(worker, run.run_id),
             progress=tuple(progress.now(run.scratch)),
             checks=tuple(check.name for check in params.spot_checks.checks),
             edited=tuple(self._edited(state.opened.get("notebooks", {}))),
@@ -115,5 +119,6 @@ def _lost(worker: work.Worker | None, run_id: str) -> str:
     if worker is None or worker.alive:
         return ""
     if worker.alive is None:
-        return f"{worker.name} holds the run and cannot be looked at from here: look there"
+        lost = f"if that machine is lost: runbook takeover {run_id} --reason TEXT"
+        return f"{worker.name} holds the run and cannot be looked at from here: look there; {lost}"
     return f"{worker.name} worked on the run and is gone: runbook resume {run_id} goes on"

@@ -159,6 +159,12 @@ def open_gate(state: RunState, facts: Facts) -> str:
     return ""
 
 
+def signed(state: RunState, facts: Facts, gate: str) -> bool:
+    """True when a gate has as many approvals as it asks for: a look at it passes it, if they stand."""
+    people = {d["person"] for d in state.gate(gate).decisions if d["decision"] == "approve"}
+    return len(people) >= facts.gates[gate][0].quorum
+
+
 def standing(state: RunState, facts: Facts) -> Standing:
     """Where the run stands, for the one line that is read aloud; it holds nothing that ticks."""
     running = [key for key, step in state.steps.items() if step.status is Status.RUNNING]
@@ -181,6 +187,8 @@ def standing(state: RunState, facts: Facts) -> Standing:
         return Standing("✖", "failed", "bad", ", ".join(failing(state)))
     if gate:
         rule, _ = facts.gates[gate]
+        if signed(state, facts, gate):
+            return Standing("○", "paused", "warn", f"{rule.title} is signed: pass it")
         return Standing("?", "waits for people", "warn", f"{rule.title}: {' or '.join(rule.roles)}")
     if not phase:
         return Standing("✔", "all phases are green", "good", "end and seal it")
@@ -203,7 +211,8 @@ def phase_standing(state: RunState, facts: Facts, phase: PhaseFact) -> Standing:
     if phase.gate and state.rejected_gate == phase.gate:
         return Standing("✖", "rejected", "bad", some)
     if phase.gate and open_gate(state, facts) == phase.gate:
-        return Standing("?", "gate open", "warn", some)
+        word = "gate signed" if signed(state, facts, phase.gate) else "gate open"
+        return Standing("?", word, "warn", some)
     if state.ended or (state.rollback is not None and phase.name not in ("rollback", "review")):
         review = phase.name == "review"
         return Standing("○", "not yet" if review else "not done", "plain", "" if review else some)
@@ -333,7 +342,7 @@ def _gate(state: RunState, facts: Facts) -> str:
         ("Signed", f"{len(approved)} of {rule.quorum}" + (f": {', '.join(approved)}" if approved else "")),
         ("May sign", f"{', '.join(may_sign) or 'nobody'} ({' or '.join(rule.roles)})"),
         ("Time left", time_left),
-        ("Where", f"{phase.notebook}, its last cell; or: runbook gate show {state.run_id} {name}"),
+        ("Where", f"the last cell of {phase.notebook}, or: runbook gate"),
     )
 
 

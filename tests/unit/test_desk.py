@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def test_the_next_phase_is_named_and_started_as_the_installed_command_in_its_own
     (folder,) = (run.scratch / "desk").iterdir()
     started = work.newest(run)
     assert started.words == ("resume", run.run_id, "--until", "prepare")
-    assert "runbook resume is at work already" in said(desk)
+    assert "it goes on when this page is closed" in said(desk)
     pid = int((folder / "command.json").read_text().split('"pid":')[1].split(",")[0])
     if started.alive:
         assert os.getsid(pid) == pid
@@ -210,11 +211,12 @@ def test_abort_ends_the_run_with_the_reason(run: Run) -> None:
     assert "aborted" in desk.twin
 
 
-def fill(desk: Desk, *, done: bool | None, person: str, key: Path, comment: str) -> None:
+def sign(desk: Desk, word: str, *, person: str = "", key: Path | str = "", comment: str = "") -> None:
     desk.settle.click()
-    _, _, seen, who, file, evidence, row = desk.form.children
-    seen.value, who.value, file.value, evidence.value = done, person, str(key), comment
-    row.children[0].click()
+    _, step, signer, seen, row = desk.form.children
+    assert step.value == "backup.dump_database"
+    signer.children[0].value, signer.children[1].value, seen.value = person, str(key), comment
+    next(button for button in row.children if button.description == word).click()
 
 
 def test_a_blocked_step_is_settled_only_by_a_signed_statement(run: Run, people: dict[str, Path]) -> None:
@@ -222,17 +224,30 @@ def test_a_blocked_step_is_settled_only_by_a_signed_statement(run: Run, people: 
     assert desk.settle.layout.display is None
     assert desk.run_next.disabled
 
-    fill(desk, done=None, person="", key=Path(), comment="")
-    assert "nothing was signed" in said(desk)
-    fill(desk, done=True, person="dan", key=people["quinn"], comment="it is there")
-    assert "the signature is not dan" in said(desk)
-    assert run.state.step("backup.dump_database").status is Status.BLOCKED
-    fill(desk, done=True, person="dan", key=people["dan"], comment="it is there")
+    for missing in (
+        {"comment": ""},
+        {"comment": "there"},
+        {"comment": "there", "person": "dan"},
+        {"comment": "there", "person": "dan", "key": people["quinn"]},
+    ):
+        sign(desk, "Sign: it is done", **missing)
+        assert "nothing was signed" in said(desk) or "the signature is not dan" in said(desk)
+        assert run.state.step("backup.dump_database").status is Status.BLOCKED
+    sign(desk, "Sign: it is done", person="dan", key=people["dan"], comment="it is there")
 
     assert run.state.green("backup.dump_database")
     assert "settled as done, signed by dan" in said(desk)
     assert desk.settle.layout.display == "none"
     assert desk.form.children == ()
+
+
+def test_a_step_that_was_not_done_may_start_again(run: Run, people: dict[str, Path]) -> None:
+    desk = Desk(blocked(run))
+
+    sign(desk, "Sign: it is not done", person="dan", key=people["dan"], comment="nothing there")
+
+    assert run.state.step("backup.dump_database").status is Status.PENDING
+    assert not desk.run_next.disabled
 
 
 def test_no_step_can_be_skipped_and_the_people_who_may_sign_are_named(run: Run) -> None:
@@ -316,3 +331,41 @@ def test_an_edited_notebook_is_named(run: Run) -> None:
     assert list(desk._sources._edited(pinned["notebooks"])) == [
         f"runbooks/{name} is not what the run was opened with: put it back"
     ]
+
+
+def test_two_desks_that_are_pressed_at_once_start_one_command(run: Run) -> None:
+    first, second = Desk(run), Desk(run)
+
+    first.run_next.click()
+    second.run_next.click()
+
+    assert len(list((run.scratch / "desk").iterdir())) == 1
+    assert "runbook resume is at work already" in said(second)
+    wait_until(lambda: not work.newest(run).alive, "the command's end")
+
+
+def test_resume_refuses_a_phase_that_is_none(run: Run) -> None:
+    done = subprocess.run(
+        (sys.executable, "-m", "runbook_lib", "resume", run.run_id, "--until", "lunch"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 2
+    assert "there is no such phase" in done.stderr
+    assert run.state.executor is None
+
+
+def test_a_look_at_a_run_of_some_hundred_events_is_quick(run: Run) -> None:
+    for number in range(300):
+        run.ledger.append(run.run_id, "note", {"text": f"{number} " * 100})
+    desk = Desk(run)
+    run.ledger.append(run.run_id, "note", {"text": "one more"})
+
+    began = time.process_time()
+    desk.draw()
+
+    # Counted in this process's own time, since the machine may be at other work.
+    assert time.process_time() - began < 0.05

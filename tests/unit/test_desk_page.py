@@ -182,6 +182,16 @@ def test_an_open_gate_says_its_question_who_may_sign_who_has_and_where() -> None
     assert "0_migrate.ipynb" in said
 
 
+def test_a_gate_with_all_its_signatures_waits_for_nobody() -> None:
+    story = opened().phases(*IN_MIGRATION).green("migrate.verify_schema").gate("migration")
+    story.decide("migration", "dan", "approve").decide("migration", "quinn", "approve")
+
+    said = words(shown(story))
+
+    assert "State: ○ paused Gate 2: migration is signed: pass it" in said
+    assert "migrate : ? gate signed" in said
+
+
 def test_the_maintenance_clock_tells_the_latest_safe_way_back_by_the_budget() -> None:
     story = opened().phases("prepare", "backup").begin("begin.enable_maintenance")
     begun = story[-1].moment.wall_s
@@ -194,7 +204,7 @@ def test_the_maintenance_clock_tells_the_latest_safe_way_back_by_the_budget() ->
     assert "✔ in time" in said
 
 
-@pytest.mark.parametrize(("after_s", "word"), [(200.0, "soon too late"), (500.0, "too late")])
+@pytest.mark.parametrize(("after_s", "word"), [(200.0, "! soon too late"), (500.0, "✖ too late")])
 def test_the_maintenance_clock_warns_before_and_after_the_latest_moment(after_s: float, word: str) -> None:
     story = opened().phases("prepare", "backup").begin("begin.enable_maintenance")
 
@@ -223,6 +233,7 @@ def test_a_wall_clock_that_was_set_does_not_move_the_maintenance_clock() -> None
     jumped = replace(known, now=replace(known.now, wall_s=known.now.wall_s + 9000))
 
     assert "5.0 s of 10 min 00 s" in words(desk_html(fold(story), jumped))
+    assert "UTC, in 7 min 55 s" in words(desk_html(fold(story), jumped))
 
 
 def test_after_maintenance_the_clock_says_how_long_it_was() -> None:

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from runbook_lib.errors import FencedError, LedgerUnavailableError, PausedError, UsageError, VerificationError
 from runbook_lib.ledger import Ledger
 from runbook_lib.model import Status
-from runbook_lib.state import RunState
+from runbook_lib.state import RunState, fold
 from tests.ledgers import LedgerServer
 
 OPENED = {"opened_by": "robin", "environment": "rehearsal"}
@@ -256,3 +256,22 @@ def test_a_server_that_was_restarted_is_used_again(ledger_server: LedgerServer) 
         ledger.events("run-1")
     ledger_server.restart()
     assert len(ledger.events("run-1")) == 2
+
+
+def test_only_new_events_are_read_and_folded_onto_what_is_known(ledger: Ledger) -> None:
+    before = ledger.state("run-1")
+    assert ledger.after("run-1", before) == []
+
+    ledger.append("run-1", "phase_started", {"phase": "backup"})
+    ledger.append("run-1", "rollback_requested", {"reason": "red", "exit_code": 1})
+
+    new = ledger.after("run-1", before)
+    assert [event.kind for event in new] == ["phase_started", "rollback_requested"]
+    assert fold(new, before) == ledger.state("run-1")
+
+
+def test_new_events_that_do_not_follow_from_what_is_known_are_refused(ledger: Ledger) -> None:
+    ledger.append("run-1", "phase_started", {"phase": "backup"})
+
+    with pytest.raises(VerificationError, match="event 2 of run run-1 breaks the chain"):
+        ledger.after("run-1", RunState(run_id="run-1", seq=1, head="f" * 64))
