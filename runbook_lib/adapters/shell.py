@@ -72,10 +72,10 @@ class LocalShell:
             except subprocess.TimeoutExpired as error:
                 end_group(child.pid)
                 child.wait()
-                why = f"after {command.timeout_s:g} s"
+                said = f"{command.argv[0]} was ended after {command.timeout_s:g} s ({name})"
                 if isinstance(error, _StalledError):
-                    why = f"since no byte came from it for {command.stall_s:g} s: it hangs"
-                raise StepFailedError(f"{command.argv[0]} was ended {why} ({name})", remedy=f"read {log}") from None
+                    said = f"{command.argv[0]} was ended since no byte came from it for {command.stall_s:g} s: it hangs ({name})"
+                raise StepFailedError(said, remedy=f"read {log}") from None
             finally:
                 self.secrets.redact_file(log)
         lock_file.unlink(missing_ok=True)
