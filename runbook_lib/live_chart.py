@@ -21,7 +21,7 @@ from runbook_lib.watch_config import WatchConfig
 
 _EVERY_S = 5.0
 _MOST_DRAWINGS = 30
-_NICE = 10
+_NICE = 19
 
 
 @dataclass(slots=True)

@@ -243,7 +243,7 @@ with progress.told(folder, "dump", lambda: looks.append(1) or len(looks), total=
 _LIVE = """
 import time
 from runbook_lib import cell, live_chart, telemetry, wiring
-live_chart._EVERY_S, shown = 0.1, []
+live_chart._EVERY_S, live_chart._MOST_DRAWINGS, shown = 0.1, 6000, []
 if "show" not in globals():
     show = cell.Output.show
 cell.Output.show = lambda self, bundle, **more: (shown.append(bundle["text/plain"]), show(self, bundle, **more))
