@@ -184,6 +184,7 @@ class Backup(_Strict):
     free_ratio: Annotated[float, Field(ge=0.0, le=0.9)] = 0.15
     max_age_s: Seconds = 86400.0
     timeout_s: Seconds = 7200.0
+    stall_s: Seconds = 120.0
     scratch_capacity_bytes: Annotated[int, Field(gt=0, le=_MOST_BYTES)] | None = None
     parallel: Annotated[int, Field(ge=1, le=32)] = 4
     jobs: Annotated[int, Field(ge=1, le=64)] = 2
