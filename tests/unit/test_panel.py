@@ -164,7 +164,7 @@ def test_what_others_wrote_is_text(run: Run, people: dict[str, Path], settled: S
     assert "&lt;img" in shown.head.value
     for markup in (
         shown.head.value,
-        shown.commands.value,
+        shown.commands["To reject"].value,
         shown.message.value,
         shown._twin(),
         shown._last["text/html"],
@@ -178,9 +178,10 @@ def test_the_command_to_copy_is_the_chosen_persons_and_works(
     run: Run, shown: GatePanel, people: dict[str, Path]
 ) -> None:
     choose(shown, "ada", people["ada"], comment="it's fine; $(reboot)")
-    command = re.search(r"value='(runbook gate approve [^']*(?:&#x27;[^']*)*)'", shown.commands.value)
-    assert command is not None
-    argv = shlex.split(html.unescape(command[1]))
+    field = shown.commands["To approve"]
+    argv = shlex.split(field.value)
+    field.value = "runbook gate approve something else"
+    assert shlex.split(field.value) == argv, "what is typed over it is put back"
 
     done = subprocess.run(
         (sys.executable, "-m", "runbook_lib", *argv[1:]),
@@ -229,7 +230,7 @@ def test_the_right_persons_key_opens_the_gate_and_the_card_takes_the_panels_plac
         pytest.param("dan", "dan", "dan holds dba; gate backup needs deploy_lead", id="without the role"),
         pytest.param(OPENER, OPENER, "lea opened this run and cannot approve it", id="who opened it"),
         pytest.param("ada", "nowhere", "there is no key file", id="no such file"),
-        pytest.param("eve", "ada", "'eve' is nobody in the params file (known: ada, bea", id="nobody"),
+        pytest.param("eve", "ada", "'eve' is nobody in the params file", id="nobody"),
     ],
 )
 def test_who_may_not_is_refused_with_the_rule(
