@@ -62,7 +62,9 @@ def run_to_walk(run_id: str, *, environment: str, version: str, person: str) -> 
         )
     from runbook_lib.plan import plan_of  # the plan knows all phases; who attaches needs none of it
 
-    draft = wiring.preview(environment, version, opened_by=person)
+    # Headless a rehearsal goes without people's own look; here they are at hand.
+    settings = {"spot_checks.required": "true"} if params.rehearsal is not None else None
+    draft = wiring.preview(environment, version, settings=settings, opened_by=person)
     return wiring.create(draft, plan=plan_of(draft), opened_by=person, people_sign=False)
 
 
