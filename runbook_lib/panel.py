@@ -17,13 +17,14 @@ from typing import Any
 import ipywidgets
 
 from runbook_lib import cell, decisions, gate, panel_page, signatures, testimony
+from runbook_lib.card import Card
 from runbook_lib.clock import Moment
 from runbook_lib.errors import GateClosedError, RunbookError, UsageError
 from runbook_lib.run import Run
 from runbook_lib.signer import BESIDE, LABEL, WIDE, Signer
 from runbook_lib.state import RunState
 
-Settle = Callable[[], Any]
+Settle = Callable[[], Card]
 _EVERY_S = 0.5
 # What nobody writes to the ledger (files, ssh-agent) is looked at more seldom: every so many looks.
 _SELDOM = 6
@@ -168,7 +169,7 @@ class Panel:
             self._redraw()
             self._closed(error)
         else:
-            self._finish(shown._repr_mimebundle_())
+            self._finish(shown.bundle())
 
     def _redraw(self) -> None:
         self._state = self.run.state

