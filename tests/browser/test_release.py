@@ -38,10 +38,9 @@ def shoot(tmp_path: Path) -> Shoot:
 
 def signs(panel: Locator, person: str, key: str) -> None:
     """Choose who signs, and with which key file."""
-    chosen = panel.get_by_label("Who signs").locator("option").filter(has_text=re.compile(f"^{person} ")).inner_text()
-    panel.get_by_label("Who signs").select_option(label=chosen)
-    panel.get_by_label("Key file").fill(key)
-    panel.get_by_label("Key file").press("Tab")
+    panel.get_by_label("Who signs").fill(person)
+    panel.get_by_label("Key", exact=True).fill(key)
+    panel.get_by_label("Key", exact=True).press("Tab")
 
 
 def approve(notebook: Notebook, number: int, person: str, key: str) -> None:
@@ -61,7 +60,7 @@ def tick(notebook: Notebook, number: int, person: str, key: str) -> None:
     for check in range(checks):
         panel.get_by_role("button", name="Pass").nth(check).click()
         if check < checks - 1:
-            expect(panel.get_by_text("passed,")).to_have_count(check + 1, timeout=SLOW_MS)
+            expect(panel.get_by_text(f"passed by {person}")).to_have_count(check + 1, timeout=SLOW_MS)
     expect(panel).to_have_count(0, timeout=SLOW_MS)
     notebook.wait_output(number, re.compile("passed, "))
 
