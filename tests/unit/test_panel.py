@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from runbook_lib import decisions, gate, panel, panel_page, signatures
 from runbook_lib.card import Card
@@ -245,7 +246,7 @@ def test_a_rejection_needs_its_reason_and_says_who_why_and_what_next(
 ) -> None:
     choose(shown, "bea", people["bea"])
     shown.reject.click()
-    is_refused(shown, "a rejection needs its reason")
+    is_refused(shown, "nothing was signed: a rejection needs its reason. Next: write it under Comment")
     assert recorded(run) == []
 
     shown.comment.value = "the dump is too old"
@@ -437,6 +438,27 @@ def test_one_person_at_two_panels_at_once_is_recorded_once(
     assert recorded(run) == [("ada", "approve")]
 
 
+def test_the_same_decision_from_two_machines_at_one_moment_is_recorded_once(
+    run: Run, people: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other machine's arrives when this one's is checked and not yet written."""
+    data = gate.decision_statement(run, "backup", "approve", "ada", "seen")
+    signature = decisions.signed(data, key=people["ada"])
+    check = decisions.check_signature
+
+    def checked_slowly(*arguments: Any, **named: Any) -> None:
+        check(*arguments, **named)
+        monkeypatch.setattr(decisions, "check_signature", check)
+        gate.decide(run, "backup", data, signature)
+
+    monkeypatch.setattr(decisions, "check_signature", checked_slowly)
+
+    said = gate.decide(run, "backup", data, signature)
+
+    assert recorded(run) == [("ada", "approve")]
+    assert said["sha256"] == run.state.gate("backup").decisions[0]["sha256"]
+
+
 def test_shown_again_it_is_the_same_panel_with_one_task(run: Run, shown: GatePanel, settled: Settled) -> None:
     async def walk() -> int:
         shown._ipython_display_()
@@ -511,7 +533,14 @@ def test_a_fault_of_our_own_is_one_line_and_the_panel_goes_on(run: Run, people: 
 
 
 @pytest.fixture
-def checking(open_run: OpenRun, settled: Settled) -> ChecksPanel:
+def checking(open_run: OpenRun, settled: Settled, tmp_path: Path) -> ChecksPanel:
+    file = tmp_path / "home" / "params" / "staging.yml"
+    params = yaml.safe_load(file.read_text())
+    params["spot_checks"]["checks"] = [
+        {"name": "log_in", "asks": "Can a user log in?", "path": "/login"},
+        {"name": "dashboard", "asks": "Is today shown?", "url": "https://charts.example.com/today"},
+    ]
+    file.write_text(yaml.safe_dump(params))
     run = open_run()
     for module in (prepare, backup, begin, migrate, deploy):
         for made in module.STEPS:
@@ -543,7 +572,12 @@ def test_checks_are_shown_with_link_who_and_when_by_panel_and_twin(
         assert f"passed by quinn, {said['time'][:10]}" in words(markup)
         assert checking.checks[0]["link"] in markup
         assert "saw &lt;b&gt;it&lt;/b&gt;" in markup
+    assert [check["link"] for check in checking.checks] == [
+        f"{checking.run.params.application.url}/login",
+        "https://charts.example.com/today",
+    ]
     for check in checking.checks:
+        assert check["link"] in checking._twin()
         assert check["asks"] in words(checking._twin())
         assert f"runbook check {checking.run.run_id} {check['name']} --pass" in words(checking._twin())
 
