@@ -13,12 +13,14 @@ from pathlib import Path
 
 import ipywidgets
 
-from runbook_lib import decisions, panel_page, signatures
+from runbook_lib import panel_page, signatures
 from runbook_lib.errors import UsageError
 from runbook_lib.run import Run
 
 WIDE = ipywidgets.Layout(width="100%", max_width="720px")
 LABEL = {"description_width": "132px"}
+# Where the fields begin, behind their labels.
+BESIDE = ipywidgets.Layout(margin="0 0 4px 140px")
 _USUAL_KEY = "~/.ssh/id_ed25519"
 
 
@@ -57,7 +59,11 @@ class Signer:
         person = self._person
         if not person:
             raise UsageError("nothing was signed: nobody is chosen", remedy="say under Who signs who you are")
-        decisions.person_of(self._run, person)
+        if person not in self._run.params.people:
+            raise UsageError(
+                f"nothing was signed: {person!r} is nobody in the params file",
+                remedy=f"say under Who signs one of {', '.join(sorted(self._run.params.people))}",
+            )
         return person
 
     def offer(self, held: Sequence[str]) -> None:
@@ -106,7 +112,5 @@ class Signer:
         if who is None:
             return "Key: one that ssh-agent holds, or the path of a key file on this machine."
         rights = "may sign here" if self._person in self._able else "may not sign here"
-        held = (
-            f"ssh-agent holds {len(self._agent)} of their keys" if self._agent else "ssh-agent holds none of their keys"
-        )
-        return f"{who.name}, {', '.join(who.roles) or 'no role'}: {rights}. {held[0].upper() + held[1:]}; a key file's path does too."
+        held = f"{len(self._agent)} of their keys" if self._agent else "no key of theirs"
+        return f"{who.name}, {', '.join(who.roles) or 'no role'}: {rights}. In ssh-agent: {held}; a key file's path does too."
