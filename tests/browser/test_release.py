@@ -138,11 +138,17 @@ def shape(record: Path) -> dict[str, Any]:
     statement = json.loads((record / "statement.json").read_bytes())
     files = {p.relative_to(record).as_posix() for p in record.rglob("*") if p.is_file() and "review" not in p.parts}
     return {
-        "steps": [
-            (o["step"], o["status"], o["result"]["title"], o["result"]["verdict"], sorted(o["result"]["facts"]))
+        "steps": sorted(  # hosts are archived beside one another
+            (
+                o["step"],
+                o["status"],
+                o["result"]["title"],
+                o["result"]["verdict"],
+                [re.sub(r":[0-9]+$", ":PORT", name) for name in sorted(o["result"]["facts"])],
+            )
             for o in outcomes
             if o["step"] not in DIFFERS
-        ],
+        ),
         "gates": [(e["data"]["gate"], e["data"]["decision"]) for e in events if e["kind"] == "gate_decision"],
         "checklist": [
             (row["phase"], row["action"], row["owner"], row["done"] or row["phase"].startswith("Metrics"))
@@ -156,7 +162,7 @@ def shape(record: Path) -> dict[str, Any]:
 
 def cards(notebook: Path) -> list[Any]:
     """Each code cell's source, with the steps whose card it shows."""
-    cells = [c for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"]
+    cells = [c for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code" and c.source.strip()]
     found = []
     for cell in cells:
         shown = [o.data[MIME] for o in cell.outputs if MIME in o.get("data", {})]
