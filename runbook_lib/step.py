@@ -172,7 +172,7 @@ class Step:
         """People may have decided since the step in front of this one showed its panel: then it is green now."""
         state = run.state
         first = next((step for step in self.before if not step.is_green(run, state)), None)
-        if first is not None and first.waiting is not None:
+        if not state.ended and first is not None and first.waiting is not None:
             with contextlib.suppress(PausedError):  # this step's own check says what is missing
                 first.settled(run)
 
@@ -205,10 +205,10 @@ class Step:
     def _one(self, run: Run, item: str | None) -> StepResult:
         key = self.key(item)
         state = run.state
-        self._refuse_out_of_order(run, state)
         known = state.step(key)
         if known.status is Status.GREEN and known.result is not None:
             return replace(known.result, status="green")
+        self._refuse_out_of_order(run, state)
         if known.status is Status.BLOCKED:
             raise _blocked(run, key, known.error)
         with lease.held(run):

@@ -75,7 +75,7 @@ def _set_aside(text: str, final: Path) -> None:
         write_atomically(attempts / f"{final.stem}-{1 + len(known)}.ipynb", text)
 
 
-def take(run: Run, phases: tuple[str, ...] = ()) -> None:
+def take(run: Run, phases: tuple[str, ...] = (), *, at_the_end: bool = True) -> None:
     """Take what was walked in JupyterLab into the record.
 
     A phase that was begun there and finished headless keeps its headless notebook, with the other one among the
@@ -84,33 +84,44 @@ def take(run: Run, phases: tuple[str, ...] = ()) -> None:
     Args:
         run: whose notebooks.
         phases: which; all but the review when none is named.
+        at_the_end: refuse what is not whole; before the end it is left, and may still be saved.
 
     Raises:
-        PausedError: a notebook lacks the card of a step that the ledger has, or shows another one; it is named.
-        UsageError: a cell of it is not what the run was opened with.
+        PausedError: a notebook lacks the card of a step that the ledger has, shows another one, or has a cell that is
+            not what the run was opened with; it is named.
     """
     state = run.state
     for phase in phases or tuple(name for name in map(name_of, ALL) if name != "review"):
         path = folder_of(run) / notebook_of(phase)
-        notebook = json.loads(path.read_bytes()) if path.exists() else {"cells": []}
+        notebook = _read(path)
         if not list(_cards(notebook)):
             continue  # laid out, and nothing was done in it
         final = record_of(run, phase)
         wrong = edited(run, path) or missing(run, state, phase, notebook)
         passed = all(step.is_green(run, state) for step in steps_of(phase))
         text = json.dumps(_without_widgets(notebook), indent=1, ensure_ascii=False) + "\n"
-        if not wrong and (passed or state.ended):
+        if not wrong and (passed or at_the_end):
             # What is there may be this one already, before JupyterLab saved it once more.
-            if not final.exists() or missing(run, state, phase, json.loads(final.read_bytes())):
+            if not final.exists() or missing(run, state, phase, _read(final)):
                 keep(run, text, final)
         elif wrong and final.exists() and passed:
             _set_aside(run.secrets.redacted(text), final)
-        elif wrong and (passed or state.ended):
+        elif wrong and at_the_end:
+            again = "seal" if state.ended else "resume"
             raise PausedError(
                 f"{path.name} as it was walked and saved is no evidence: {wrong}",
                 remedy=f"runbook lab {run.run_id}, run that cell once more and save (a green step is not done again), "
-                f"then the same again; or move {path} away: the phase is taken headless then",
+                f"then: runbook {again} {run.run_id}; or move {path} away: the phase is then shown without it",
             )
+
+
+def was_begun(run: Run, phase: str) -> bool:
+    """True when steps of a phase were taken in JupyterLab, as far as its notebook was saved."""
+    return bool(list(_cards(_read(folder_of(run) / notebook_of(phase)))))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_bytes())) if path.exists() else {"cells": []}
 
 
 def edited(run: Run, path: Path) -> str:

@@ -71,32 +71,6 @@ def test_once_it_is_signed_the_next_call_goes_on(project: Project, run: Run) -> 
     assert run.state.green("begin.prove_read_only")
 
 
-def test_a_notebook_that_lacks_a_card_is_refused_by_name(project: Project, run: Run) -> None:
-    done = project.runbook("resume", run.run_id, "--json")
-
-    assert done.returncode == 75, done.stderr
-    for word in ("01_backup.ipynb", "backup.sign_off is missing", "runbook lab"):
-        assert word in done.stderr
-    assert not (run.folder / "notebooks" / "01_backup.ipynb").exists()
-
-
-def test_a_notebook_whose_card_differs_from_the_ledger_is_refused_by_name(project: Project, run: Run) -> None:
-    assert walk(project, run, "01_backup.ipynb") == ""  # once more: every step answers from the ledger
-    path = walked.folder_of(run) / "01_backup.ipynb"
-    good = path.read_text()
-    path.write_text(
-        good.replace('"restore proved": ', '"restore  proved": ').replace('"status": "green"', '"status": "failed"')
-    )
-    assert path.read_text() != good
-
-    done = project.runbook("resume", run.run_id, "--json")
-
-    path.write_text(good)
-    assert done.returncode == 75, done.stderr
-    assert "01_backup.ipynb" in done.stderr
-    assert "is not what the ledger says" in done.stderr
-
-
 def test_an_edited_cell_is_not_run_and_its_notebook_is_refused(project: Project, run: Run) -> None:
     path = walked.folder_of(run) / "03_migrate.ipynb"
     original = path.read_text()
@@ -115,17 +89,48 @@ def test_an_edited_cell_is_not_run_and_its_notebook_is_refused(project: Project,
     assert walked.edited(run, path) == ""
 
 
-def test_what_was_walked_is_what_is_archived_without_its_widgets(project: Project, run: Run) -> None:
+def test_a_missing_card_holds_up_no_release(project: Project, run: Run) -> None:
     done = project.runbook("resume", run.run_id, "--json")
 
     assert (done.returncode, project.last_json(done)["gate"]) == (75, "migration"), done.stderr
+    assert (run.folder / "notebooks" / "02_begin.ipynb").exists()
+    assert not (run.folder / "notebooks" / "01_backup.ipynb").exists()
+
+
+def test_at_the_end_a_notebook_that_lacks_a_card_is_refused_by_name(project: Project, run: Run) -> None:
+    done = project.runbook("abort", run.run_id, "--reason", "seen enough")
+
+    assert done.returncode == 75, done.stderr
+    for word in ("01_backup.ipynb", "backup.sign_off is missing", f"runbook lab {run.run_id}", "runbook seal"):
+        assert word in done.stderr
+    assert not (run.folder / "statement.json.sig").exists()
+
+
+def test_a_notebook_whose_card_differs_from_the_ledger_is_refused_by_name(project: Project, run: Run) -> None:
+    assert walk(project, run, "01_backup.ipynb") == ""  # once more: every step answers from the ledger, ended or not
+    path = walked.folder_of(run) / "01_backup.ipynb"
+    good = path.read_text()
+    path.write_text(good.replace('"status": "green"', '"status": "failed"'))
+    assert path.read_text() != good
+
+    done = project.runbook("seal", run.run_id, "--json")
+
+    path.write_text(good)
+    assert done.returncode == 75, done.stderr
+    assert "01_backup.ipynb" in done.stderr
+    assert "is not what the ledger says" in done.stderr
+
+
+def test_what_was_walked_is_what_is_archived_without_its_widgets(project: Project, run: Run) -> None:
+    done = project.runbook("seal", run.run_id)
+
+    assert done.returncode == 0, done.stderr
     for name in ("01_backup.ipynb", "02_begin.ipynb"):
         kept, lab = run.folder / "notebooks" / name, walked.folder_of(run) / name
         assert cards(kept) == cards(lab)
         assert "widget-view" not in kept.read_text()
         assert [c.source for c in nbformat.read(kept, 4).cells] == [c.source for c in nbformat.read(lab, 4).cells]
     headless = run.folder / "notebooks" / "03_migrate.ipynb"
-    assert json.loads(headless.read_text())["metadata"]["papermill"]["exception"] is True  # it waits at its gate
-    assert project.runbook("abort", run.run_id, "--reason", "seen enough").returncode == 0
+    assert json.loads(headless.read_text())["metadata"]["papermill"]["exception"] is True  # it waited at its gate
     verified = project.runbook("verify", str(run.folder), "--trust", str(run.trust))
     assert verified.returncode == 0, verified.stdout

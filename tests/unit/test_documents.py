@@ -220,7 +220,7 @@ def test_every_link_leads_to_a_file(path: Path) -> None:
 
 
 def test_the_picture_is_small() -> None:
-    assert (ROOT / "docs" / "record.png").stat().st_size < 400_000
+    assert (ROOT / "docs" / "pictures" / "record.png").stat().st_size < 400_000
 
 
 # --- words -------------------------------------------------------------------------------------------------------
