@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runbook_lib.canonical import canonical_json, sha256, sha256_file, write_atomically
-from runbook_lib.errors import UnavailableError, VerificationError
+from runbook_lib.errors import StepFailedError, UnavailableError, VerificationError
 from runbook_lib.model import Event, Status
 from runbook_lib.params import Params
 from runbook_lib.ports import ObjectStore
@@ -65,6 +65,20 @@ def _push(run: Run) -> None:
         _write_note(run.scratch, digest, known)
     except UnavailableError as error:
         run.ledger.append(run.run_id, "note", {"text": f"the folder was not mirrored: {error.message}"[:1000]})
+
+
+def put(run: Run, path: Path) -> None:
+    """Store one file of the folder by its digest, before an event names it; `fetch` finds it without a list.
+
+    For what is written by who holds no lease. Nothing for a ledger of this machine alone.
+    """
+    if not is_shared(run.params):
+        return
+    try:
+        digest = sha256_file(path)
+        run.services.store.put(path, _key(run.run_id, digest), sha256=digest)
+    except StepFailedError as error:
+        run.ledger.append(run.run_id, "note", {"text": f"{path.name} was not mirrored: {error.message}"[:1000]})
 
 
 def newest(events: Sequence[Event]) -> str | None:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import gate, lease, mirror, preflight, signatures
+from runbook_lib import decisions, gate, lease, mirror, preflight, signatures
 from runbook_lib import params as params_module
 from runbook_lib.adapters import http
 from runbook_lib.adapters.balancer import HttpBalancer
@@ -219,6 +219,8 @@ def attach(run_id: str) -> Run:
         _write_trust(params, Secrets())
     if mirror.is_shared(params) and ledger.epoch is None and mirror.newest(events := ledger.events(run_id)):
         mirror.fetch(run.services.store, events, run.folder, run.scratch)  # another machine may have been at it
+    for event in ledger.events(run_id):
+        decisions.bring(run, event.data)
     return run
 
 

@@ -483,8 +483,8 @@ _GATES = (
     Guard(
         "a decision is signed by its person: asked at the door",
         _GATE,
-        "    decisions.check_signature(run, data, signature, person=person)\n    kept =",
-        "    kept =",
+        "    decisions.check_signature(run, data, signature, person=person)\n    recorded:",
+        "    recorded:",
         (f"{_AT_THE_DOOR}[another's key]",),
     ),
     Guard(
