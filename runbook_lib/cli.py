@@ -197,6 +197,8 @@ def _progress(run: Run) -> Iterator[None]:
                 )
             elif event.kind == "gate_decision":
                 console.print(f"   ! gate {data['gate']}: {data['person']} {data['decision']}s", markup=False)
+            elif event.kind == "note":
+                console.print(f"   ! {data['text']}", style="yellow", markup=False)
             elif event.kind in ("rollback_requested", "step_blocked", "gate_timed_out"):
                 console.print(f"   ! {event.kind}: {data}", style="red", markup=False)
 

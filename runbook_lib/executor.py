@@ -51,6 +51,7 @@ def _go(run: Run, *, wait: bool, until: str | None) -> Outcome:
     state = run.state
     if state.rollback is not None:
         return _go_back(run, str(state.rollback["reason"]), cause=int(state.rollback["exit_code"]))
+    mirror.refuse_missing(run)
     _stale_gates(run)
     _refuse_changed(run, *map(name_of, FORWARD))
     kernels = Kernels(run.root, {**lease.handed_down(run), **({gate.WAIT_VARIABLE: "1"} if wait else {})})

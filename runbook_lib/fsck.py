@@ -206,7 +206,7 @@ def _artifacts(events: Sequence[Event], folder: Path) -> None:
     """The newest mention of a path counts: a later attempt, or a later round, writes it anew."""
     named: dict[str, tuple[str, Event]] = {}
     for event in events:
-        for path, digest in _named_in(event):
+        for path, digest in event.files:
             named[path] = (digest, event)
     for path, (digest, event) in sorted(named.items()):
         file = folder / path
@@ -214,14 +214,3 @@ def _artifacts(events: Sequence[Event], folder: Path) -> None:
             raise _BrokenError(event, f"{path} is not there")
         if sha256_file(file) != digest:
             raise _BrokenError(event, f"{path} is not what the event names")
-
-
-def _named_in(event: Event) -> list[tuple[str, str]]:
-    data = event.data
-    found = [(a["path"], a["sha256"]) for a in data.get("result", {}).get("artifacts", [])]
-    found += [(data[key]["path"], data[key]["sha256"]) for key in ("artifact", "evidence") if key in data]
-    if "statement" in data and "signature_sha256" in data:
-        found += [(data["statement"], data["sha256"]), (data["statement"] + ".sig", data["signature_sha256"])]
-    if event.kind == "run_opened" and "params_sha256" in data:
-        found.append(("params.json", data["params_sha256"]))
-    return found
