@@ -38,6 +38,10 @@ exit $status
 """
 
 
+# The kernel gives its first pid namespace, the one outside of all containers, this number on every machine.
+_INITIAL_PIDS = "pid:[4026531836]"
+
+
 def start_time(pid: int) -> int | None:
     """The process's start in clock ticks since boot; None when it is gone or only a zombie."""
     try:
@@ -71,10 +75,14 @@ def of(pid: int) -> dict[str, Any]:
 def is_here(process: Mapping[str, Any]) -> bool:
     """True when this machine can tell whether that process still runs."""
     here = _machine()
+    pids = process.get("pids", here["pids"])
     if process["host"] != here["host"] or process.get("machine", here["machine"]) != here["machine"]:
         return False
-    # Of an earlier boot nothing is left; a container's processes are only seen from inside of it.
-    return bool(process["boot"] != boot_id() or process.get("pids", here["pids"]) == here["pids"])
+    if process["boot"] == boot_id():
+        return bool(pids == here["pids"])  # a container's processes are only seen from inside of it
+    # Of an earlier boot nothing is left, but another machine of the same name has another boot too. An image's
+    # machine-id is that of all its containers: it names one machine only where it is set and outside of them.
+    return bool(here["machine"]) and pids == here["pids"] == _INITIAL_PIDS
 
 
 def alive(process: Mapping[str, Any]) -> bool:

@@ -82,7 +82,10 @@ def test_no_file_lands_outside_of_the_runs_folder(store: S3Store, tmp_path: Path
 
 
 def test_a_file_that_is_gone_or_was_changed_here_comes_back(store: S3Store, tmp_path: Path) -> None:
-    events = [*mirrored(store, {"params.json": b"{}", "a.json": b"a", "b": b"b", "notebooks/n": b"n"}), outcome("a.json", b"a")]
+    events = [
+        *mirrored(store, {"params.json": b"{}", "a.json": b"a", "b": b"b", "notebooks/n": b"n"}),
+        outcome("a.json", b"a"),
+    ]
     folder = tmp_path / "run"
     mirror.fetch(store, events, folder, tmp_path / "scratch")
     (folder / "a.json").write_bytes(b"other")
