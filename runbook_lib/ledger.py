@@ -315,8 +315,10 @@ class Ledger:
     def _read(connection: sa.Connection, run_id: str) -> list[Event]:
         rows = connection.execute(sa.select(_events).where(_events.c.run_id == run_id).order_by(_events.c.seq))
         try:
+            # A JSON object, whatever else could be read.
             events = [
-                Event(row.run_id, row.seq, row.time, row.kind, json.loads(row.data), row.prev, row.hash) for row in rows
+                Event(row.run_id, row.seq, row.time, row.kind, {**json.loads(row.data)}, row.prev, row.hash)
+                for row in rows
             ]
         except (ValueError, TypeError) as error:
             raise VerificationError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,17 @@ def fetch(store: ObjectStore, events: Sequence[Event], folder: Path, scratch: Pa
         write_atomically(target, coming.read_bytes())
     coming.unlink(missing_ok=True)
     _write_note(scratch, listed, {*note["known"], *files.values(), listed})
+
+
+def stored(store: ObjectStore, events: Sequence[Event], scratch: Path) -> Callable[..., bool]:
+    """Tells whether the store holds a content that this machine lacks, or has an older one of: see `fsck.Stored`."""
+    run_id = events[0].run_id
+    behind = _read_note(scratch)["list"] != newest(events)
+
+    def holds(digest: str, *, here: bool) -> bool:
+        return (behind or not here) and store.find(_key(run_id, digest)) is not None
+
+    return holds
 
 
 def refuse_missing(run: Run) -> None:

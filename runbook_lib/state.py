@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runbook_lib.clock import Moment
+from runbook_lib.errors import VerificationError
 from runbook_lib.model import Event, Status, StepResult
 
 ENDED = ("completed", "rolled_back", "aborted")
@@ -112,13 +113,23 @@ class RunState:
 
 
 def fold(events: Iterable[Event]) -> RunState:
-    """Fold events, oldest first, into where the run stands."""
+    """Fold events, oldest first, into where the run stands.
+
+    Raises:
+        VerificationError: an event lacks what its kind has: it was not written by this program.
+    """
     state = RunState()
     for event in events:
-        now = event.moment
-        jump = now.jump_since(state.moment) if state.moment is not None else 0.0
-        jumps = (*state.clock_jumps, (event.seq, jump)) if jump else state.clock_jumps
-        state = replace(_apply(state, event), head=event.hash, seq=event.seq, moment=now, clock_jumps=jumps)
+        try:
+            now = event.moment
+            jump = now.jump_since(state.moment) if state.moment is not None else 0.0
+            jumps = (*state.clock_jumps, (event.seq, jump)) if jump else state.clock_jumps
+            state = replace(_apply(state, event), head=event.hash, seq=event.seq, moment=now, clock_jumps=jumps)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise VerificationError(
+                f"event {event.seq} ({event.kind}) of run {event.run_id} cannot be read: {error!r}",
+                remedy=f"keep the ledger as it is; runbook fsck {event.run_id}",
+            ) from error
     return state
 
 

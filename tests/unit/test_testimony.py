@@ -21,6 +21,7 @@ KEY = "prepare.freeze_merges"
 @pytest.fixture
 def blocked(run: Run) -> Run:
     """A run of which nobody knows whether a step's effect is there."""
+    run.ledger.take_lease(run.run_id, processes.me())
     run.ledger.append(
         run.run_id,
         "step_intent",
@@ -46,15 +47,15 @@ def test_a_signed_statement_settles_a_step_and_the_ledger_names_it(
 
 
 @pytest.mark.parametrize("done", [True, False])
-def test_a_settlement_whose_statement_is_gone_is_named(blocked: Run, people: dict[str, Path], done: bool) -> None:
+def test_a_settlement_whose_statement_was_changed_is_named(blocked: Run, people: dict[str, Path], done: bool) -> None:
     testimony.resolve(blocked, KEY, done=done, comment="looked", person="dan", key=people["dan"])
     for file in (blocked.folder / "decisions").iterdir():
-        file.unlink()
+        file.write_text("{}")
 
     found = [f.why for f in examine(blocked.ledger.events(blocked.run_id), blocked.folder) if not f.ok]
 
     assert len(found) == 1
-    assert found[0].endswith("is not there")
+    assert found[0].endswith("is not what the event names")
 
 
 @pytest.mark.parametrize(
