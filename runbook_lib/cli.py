@@ -82,8 +82,9 @@ def main() -> None:
 
 
 def _say(text: str) -> None:
-    # What somebody typed may be in it, and it is one line on a terminal all the same.
-    print("".join(c if c.isprintable() else "?" for c in text), file=sys.stderr, flush=True)
+    # What somebody typed may be in it, and it is one line on a terminal all the same. That may be gone by now.
+    with contextlib.suppress(OSError):
+        print("".join(c if c.isprintable() else "?" for c in text), file=sys.stderr, flush=True)
 
 
 def _print_json(value: Any) -> None:
@@ -221,11 +222,12 @@ def _progress(run: Run) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        tell()
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            tell()
 
 
 def _execute(run: Run, work: Callable[[], Outcome]) -> Outcome:
-    """Let the executor work, with progress; Ctrl-C and SIGTERM end it where it stands."""
+    """Let the executor work, with progress; Ctrl-C, SIGTERM and a terminal that goes away end it where it stands."""
     import signal
 
     from runbook_lib import executor
@@ -240,8 +242,9 @@ def _execute(run: Run, work: Callable[[], Outcome]) -> Outcome:
         if signals != 2:
             raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, asked_to_end)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: it goes on without one
+            signal.signal(number, asked_to_end)
     try:
         with _progress(run):
             return work()

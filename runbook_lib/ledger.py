@@ -121,8 +121,8 @@ class Ledger:
     def _guarded(self) -> Iterator[None]:
         try:
             yield
-        except sa.exc.DBAPIError as error:
-            said = " ".join(str(error.orig).split())
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+            said = " ".join(str(getattr(error, "orig", error)).split())
             raise LedgerUnavailableError(
                 f"the ledger {sa.make_url(self.url).render_as_string()} cannot be used: {said}",
                 remedy="look at its disk, its server and its locks, then: runbook resume RUN",

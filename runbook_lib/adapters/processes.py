@@ -205,3 +205,18 @@ def _wait_group(pgid: int, deadline: float, record: Path) -> None:
         if time.monotonic() > deadline:
             raise StepInDoubtError(f"its command (pids {members}, {record.stem}) still runs", remedy="wait, or end it")
         time.sleep(0.1)
+
+
+_OUT_OF_MEMORY_COUNTERS = ("/sys/fs/cgroup/memory.events", "/proc/vmstat")
+
+
+def out_of_memory_kills() -> int:
+    """How often this machine, or this container, ended a process for want of memory."""
+    for file in _OUT_OF_MEMORY_COUNTERS:
+        try:
+            words = Path(file).read_text().split()
+        except OSError:
+            continue
+        if "oom_kill" in words:
+            return int(words[words.index("oom_kill") + 1])
+    return 0

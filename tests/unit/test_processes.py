@@ -142,3 +142,16 @@ def test_a_process_is_only_taken_for_gone_where_this_machine_can_tell(
     monkeypatch.setattr(processes, "boot_id", lambda: "now")
 
     assert processes.is_here(process) is told
+
+
+def test_a_command_that_the_machine_ended_for_want_of_memory_is_named(
+    shell: LocalShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = tmp_path / "memory.events"
+    counter.write_text("low 0\noom_kill 2\n")
+    monkeypatch.setattr(processes, "_OUT_OF_MEMORY_COUNTERS", (str(counter),))
+
+    with pytest.raises(StepFailedError, match=r"exited 137 \(SIGKILL\): Killed"):
+        shell.run(Command(("sh", "-c", "kill -9 $$")), name="killed")
+    with pytest.raises(StepFailedError, match=r"exited 137 \(the machine had no memory left for it\): Killed"):
+        shell.run(Command(("sh", "-c", f"echo oom_kill 3 > {counter}; kill -9 $$")), name="too-big")
