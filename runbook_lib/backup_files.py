@@ -92,6 +92,7 @@ def tar_of(run: Run, host: str, known: Mapping[str, str], packed: files.Packing,
         packing=packed,
         into=part,
         timeout_s=run.params.backup.timeout_s,
+        stall_s=run.params.backup.stall_s,
     )
     return run.services.hosts[host].command(command)
 

@@ -10,6 +10,13 @@ from typing import Any
 
 # Set for the kernels of `runbook lab`: the run that is walked there.
 LAB_VARIABLE = "RUNBOOK_LAB"
+# Set for the kernels of `runbook run`: nobody looks at their notebooks before the end.
+HEADLESS_VARIABLE = "RUNBOOK_HEADLESS"
+
+
+def is_watched() -> bool:
+    """True where somebody may look at the cell while it runs."""
+    return _shell() is not None and HEADLESS_VARIABLE not in os.environ
 
 
 def in_lab(run_id: str) -> bool:

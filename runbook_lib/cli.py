@@ -397,12 +397,9 @@ def run_command(
 ) -> None:
     """Open a run and take it to its end or to its next gate."""
     from runbook_lib import executor, wiring
-    from runbook_lib.phases import FORWARD, name_of
     from runbook_lib.plan import plan_of
 
-    phases = [name_of(module) for module in FORWARD]
-    if until and until not in phases:
-        raise UsageError(f"--until {until}: there is no such phase", remedy=f"use one of {', '.join(phases)}")
+    _known_phase(until)
     if plan_digest and not re.fullmatch("[0-9a-f]{64}", plan_digest):
         raise UsageError(f"--plan {plan_digest}: that is no plan's digest", remedy=f"runbook plan {environment}")
     draft = wiring.preview(environment, version, settings=_settings(settings), opened_by=person)
@@ -420,17 +417,27 @@ def run_command(
     _finish(run, outcome, json=json)
 
 
+def _known_phase(until: str) -> None:
+    from runbook_lib.phases import FORWARD, name_of
+
+    phases = [name_of(module) for module in FORWARD]
+    if until and until not in phases:
+        raise UsageError(f"--until {until}: there is no such phase", remedy=f"use one of {', '.join(phases)}")
+
+
 @app.command()
 def resume(
     run_id: Annotated[str, typer.Argument(metavar="RUN")],
     wait: Annotated[bool, typer.Option("--wait", help="Wait at gates instead of pausing.")] = False,
+    until: Annotated[str, typer.Option(help="The last phase to run; on the way back it is not asked for.")] = "",
     json: Json = False,
 ) -> None:
     """Go on after a pause, a crash or a reboot."""
     from runbook_lib import executor, wiring
 
+    _known_phase(until)
     run = wiring.attach(run_id)
-    outcome = _execute(run, lambda: executor.go(run, wait=wait))
+    outcome = _execute(run, lambda: executor.go(run, wait=wait, until=until or None))
     _finish(run, outcome, json=json)
 
 
@@ -561,6 +568,7 @@ def lab_command(
     run = lab.run_to_walk(run_id, environment=environment, version=version, person=person)
     _say(f"run {run.run_id}: starting JupyterLab …")
     opened = lab.open_lab(run, port=port, say=_say)
+    ending = lab.Ending()  # before the address is told: who reads it may end this at once
     if json:
         _print_json({"run_id": run.run_id, "url": opened.url, "folder": str(opened.folder)})
     else:
@@ -571,7 +579,7 @@ def lab_command(
         _say("JupyterLab runs already for this run, and goes on: the runbook lab that started it ends it")
         return
     _say(lab.WORDS)
-    opened.keep(_say)
+    opened.keep(ending, _say)
     _say(f"JupyterLab has ended. Next: runbook status {run.run_id}")
 
 
@@ -589,7 +597,7 @@ def status(run_id: Annotated[str, typer.Argument(metavar="[RUN]")] = "", json: J
     if json:
         _print_json(facts)
     else:
-        print(status_text(run.state))
+        print(status_text(run.state, run.params.with_a_role()))
         print(f"record {run.folder}\nnext   {facts['next']}")
 
 

@@ -229,7 +229,7 @@ def _whole(path: Path) -> bool:
     if not path.exists():
         return False
     cells = json.loads(path.read_text())["cells"]
-    code = [c for c in cells if c["cell_type"] == "code"]
+    code = [c for c in cells if c["cell_type"] == "code" and "".join(c["source"]).strip()]
     return all(c["execution_count"] and not any(o["output_type"] == "error" for o in c["outputs"]) for c in code)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runbook_lib.adapters import processes
+from runbook_lib.cell import HEADLESS_VARIABLE
 from runbook_lib.errors import StepFailedError
 
 # The kernel's first imports cost most of a second: done while the phase before still runs, and taken out of the
@@ -47,7 +48,7 @@ class Kernels:
         asyncio.run(
             manager.start_kernel(
                 cwd=str(self._cwd),
-                env={**os.environ, **self._env},
+                env={**os.environ, HEADLESS_VARIABLE: "1", **self._env},
                 extra_arguments=[f"--IPKernelApp.exec_lines={_AHEAD}", "--HistoryManager.enabled=False"],
             )
         )

@@ -62,7 +62,9 @@ def run_to_walk(run_id: str, *, environment: str, version: str, person: str) -> 
         )
     from runbook_lib.plan import plan_of  # the plan knows all phases; who attaches needs none of it
 
-    draft = wiring.preview(environment, version, opened_by=person)
+    # Headless a rehearsal goes without people's own look; here they are at hand.
+    settings = {"spot_checks.required": "true"} if params.rehearsal is not None else None
+    draft = wiring.preview(environment, version, settings=settings, opened_by=person)
     return wiring.create(draft, plan=plan_of(draft), opened_by=person, people_sign=False)
 
 
@@ -73,6 +75,18 @@ def _refuse_other(state: RunState, environment: str, version: str) -> None:
                 f"{name} is {given!r}, run {state.run_id} has {state.opened[name]!r}",
                 remedy=f"runbook lab {state.run_id}, or runbook abort {state.run_id} --reason TEXT",
             )
+
+
+class Ending:
+    """Counts Ctrl-C and SIGTERM from now on, instead of this process being ended by them."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._count)
+
+    def _count(self, _number: int, _frame: object) -> None:
+        self.asked += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,26 +117,15 @@ class Lab:
         )
         return file.as_uri()
 
-    def keep(self, say: Say) -> None:
-        """Stay until Ctrl-C or SIGTERM, wait for the step that a kernel here is running, then end the server.
-
-        Side Effect:
-            The handlers of both signals are this process's from now on.
+    def keep(self, ending: Ending, say: Say) -> None:
+        """Stay until people ask to end, wait for the step that a kernel here is running, then end the server.
 
         Raises:
             UnavailableError: the server ended by itself.
         """
-        signals = 0
-
-        def asked_to_end(_number: int, _frame: object) -> None:
-            nonlocal signals
-            signals += 1
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, asked_to_end)
-        while not signals and not processes.gone_within(self.server.process, _LOOK_S):
+        while not ending.asked and not processes.gone_within(self.server.process, _LOOK_S):
             pass
-        if not signals:
+        if not ending.asked:
             self.end()
             raise UnavailableError(
                 f"JupyterLab ended by itself; {jupyter.log_of(self.server.state)} may say why",
@@ -130,7 +133,7 @@ class Lab:
             )
         if doing := self._doing():
             say(f"{', '.join(doing)} is being run here and is waited for; Ctrl-C again ends it")
-        while signals < 2 and self._doing():
+        while ending.asked < 2 and self._doing():
             time.sleep(_LOOK_S / 2)
         for key, folder in self._doing().items():
             for name, group in processes.children(folder):

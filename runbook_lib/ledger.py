@@ -282,6 +282,19 @@ class Ledger:
         with self._guarded(), self._engine.connect() as connection:
             return self._read(connection, run_id)
 
+    def after(self, run_id: str, state: RunState) -> list[Event]:
+        """The events behind the one that this state was folded up to, with the chain checked from there on.
+
+        Raises:
+            VerificationError: they do not follow from it.
+        """
+        if not self._there():
+            return []
+        with self._guarded(), self._engine.connect() as connection:
+            events = self._read(connection, run_id, after=state.seq)
+        check_chain(events, seq=state.seq, head=state.head)
+        return events
+
     def run_ids(self, environment: str | None = None) -> list[str]:
         """All runs' ids, newest first."""
         query = sa.select(_events.c.run_id).where(_events.c.seq == 1).order_by(_events.c.id.desc())
@@ -312,8 +325,9 @@ class Ledger:
         return fold(events)
 
     @staticmethod
-    def _read(connection: sa.Connection, run_id: str) -> list[Event]:
-        rows = connection.execute(sa.select(_events).where(_events.c.run_id == run_id).order_by(_events.c.seq))
+    def _read(connection: sa.Connection, run_id: str, after: int = 0) -> list[Event]:
+        of_run = sa.select(_events).where(_events.c.run_id == run_id, _events.c.seq > after)
+        rows = connection.execute(of_run.order_by(_events.c.seq))
         try:
             # A JSON object, whatever else could be read.
             events = [
@@ -324,7 +338,7 @@ class Ledger:
             raise VerificationError(
                 f"a row of run {run_id} is no event: {error}", remedy="keep the ledger as it is; runbook fsck"
             ) from error
-        if events:
+        if events and not after:
             check_format(events[0].data.get("format", 1), f"run {run_id}")
         return events
 
@@ -356,17 +370,22 @@ def check_format(number: Any, what: str) -> None:
         )
 
 
-def check_chain(events: Iterable[Event]) -> None:
+def check_chain(events: Iterable[Event], *, seq: int = 0, head: str = GENESIS) -> None:
     """Check that every event follows from the one before.
+
+    Args:
+        events: oldest first.
+        seq: number of the event before the first of these.
+        head: its hash.
 
     Raises:
         VerificationError: naming the first event that does not.
     """
-    prev = GENESIS
-    for seq, event in enumerate(events, 1):
-        if event.seq != seq or event.prev != prev or sha256(canonical_json(event.body())) != event.hash:
+    prev = head
+    for number, event in enumerate(events, seq + 1):
+        if event.seq != number or event.prev != prev or sha256(canonical_json(event.body())) != event.hash:
             raise VerificationError(
-                f"event {event.seq} of run {event.run_id} breaks the chain (expected number {seq})",
+                f"event {event.seq} of run {event.run_id} breaks the chain (expected number {number})",
                 remedy="keep the ledger file as it is, and compare it with the sealed record",
             )
         prev = event.hash

@@ -21,7 +21,7 @@ from runbook_lib.watch_config import WatchConfig
 
 _EVERY_S = 5.0
 _MOST_DRAWINGS = 30
-_NICE = 10
+_NICE = 19
 
 
 @dataclass(slots=True)
@@ -47,9 +47,14 @@ class LiveChart:
             start_s: in epoch seconds.
             duration_s: the window's length.
         """
+        if not cell.is_watched():
+            yield
+            return
         stop = threading.Event()
         work = copy_context().run
-        thread = threading.Thread(target=work, args=(self._follow, start_s, duration_s, stop), daemon=True)
+        thread = threading.Thread(
+            target=work, args=(self._follow, start_s, duration_s, stop), daemon=True, name="live chart"
+        )
         thread.start()
         try:
             yield

@@ -102,7 +102,8 @@ class Command:
     """An argv with what its runner needs to know; never a shell string, never a secret.
 
     `env` adds to the environment; secrets go there as references resolved by the caller just before the run.
-    `stdout` sends standard output to a file instead of the log.
+    `stdout` sends standard output to a file instead of the log. `stall_s`: after so many seconds without a byte of output it
+    is ended; None lets it be silent.
     """
 
     argv: tuple[str, ...]
@@ -111,6 +112,7 @@ class Command:
     cwd: Path | None = None
     stdout: Path | None = None
     ok_exits: tuple[int, ...] = (0,)
+    stall_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

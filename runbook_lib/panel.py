@@ -17,13 +17,14 @@ from typing import Any
 import ipywidgets
 
 from runbook_lib import cell, decisions, gate, panel_page, signatures, testimony
+from runbook_lib.card import Card
 from runbook_lib.clock import Moment
 from runbook_lib.errors import GateClosedError, RunbookError, UsageError
 from runbook_lib.run import Run
-from runbook_lib.signer import LABEL, WIDE, Signer
+from runbook_lib.signer import BESIDE, LABEL, WIDE, Signer
 from runbook_lib.state import RunState
 
-Settle = Callable[[], Any]
+Settle = Callable[[], Card]
 _EVERY_S = 0.5
 # What nobody writes to the ledger (files, ssh-agent) is looked at more seldom: every so many looks.
 _SELDOM = 6
@@ -85,6 +86,7 @@ class Panel:
         self._looks, self._seq, self._trouble, self._tried = 0, -1, "", ()
         self._state: RunState = run.state
         self.message = ipywidgets.HTML()
+        self.commands: dict[str, ipywidgets.Text] = {}
         self._hide = ipywidgets.HTML(panel_page.hide(self._twin_name))
         self.box = ipywidgets.VBox()
         self.box.add_class("rb-panel")
@@ -167,7 +169,7 @@ class Panel:
             self._redraw()
             self._closed(error)
         else:
-            self._finish(shown._repr_mimebundle_())
+            self._finish(shown.bundle())
 
     def _redraw(self) -> None:
         self._state = self.run.state
@@ -203,11 +205,23 @@ class Panel:
     def _signer(self) -> Signer:
         return Signer(self.run, self._able(), self._chosen)
 
-    def _able(self) -> list[str]:
+    def _moves(self) -> dict[str, str]:
+        """Commands for another machine: label -> command."""
         raise NotImplementedError
 
+    def _fields_to_copy(self, what: str) -> ipywidgets.VBox:
+        # Real text fields, not HTML: a new command leaves the focus where it is, and JupyterLab leaves them their keys.
+        for label in self._moves():
+            field = ipywidgets.Text(description=label, continuous_update=False, style=LABEL, layout=WIDE)
+            field.observe(lambda _: self._chosen(), "value")  # what is typed over one is put back
+            self.commands[label] = field
+        return ipywidgets.VBox((ipywidgets.HTML(panel_page.note(what)), *self.commands.values()))
+
     def _chosen(self) -> None:
-        """Somebody or something else is chosen: commands name it."""
+        for label, field in self.commands.items():
+            field.value = self._moves()[label]
+
+    def _able(self) -> list[str]:
         raise NotImplementedError
 
     def _button(
@@ -257,7 +271,7 @@ class GatePanel(Panel):
     def __init__(self, run: Run, name: str, settle: Settle) -> None:
         super().__init__(run, settle)
         self.name = name
-        self.head, self.clock, self.commands = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
+        self.head, self.clock = ipywidgets.HTML(), ipywidgets.HTML()
         self.comment = ipywidgets.Text(
             description="Comment", continuous_update=False, style=LABEL, layout=WIDE, tooltip="required to reject"
         )
@@ -273,9 +287,9 @@ class GatePanel(Panel):
             self.signer.box,
             self.comment,
             ipywidgets.HTML(panel_page.note("A rejection needs its reason as comment.")),
-            ipywidgets.HBox((self.approve, self.reject)),
+            ipywidgets.HBox((self.approve, self.reject), layout=BESIDE),
             self.message,
-            self.commands,
+            self._fields_to_copy(panel_page.ELSEWHERE),
             self._hide,
         )
         self.look()
@@ -360,9 +374,6 @@ class GatePanel(Panel):
             for decision in ("approve", "reject")
         }
 
-    def _chosen(self) -> None:
-        self.commands.value = panel_page.commands_to_copy(panel_page.ELSEWHERE, self._moves())
-
     def _twin(self) -> str:
         head = panel_page.gate_head(self._facts, gate.cards(self.run, self.name))
         return head + panel_page.commands_to_read(panel_page.ELSEWHERE, self._moves())
@@ -379,7 +390,6 @@ class ChecksPanel(Panel):
         ]
         self.signer = self._signer
         self.head = ipywidgets.HTML(self._head())
-        self.commands = ipywidgets.HTML()
         self.rows: dict[str, ipywidgets.HTML] = {}
         self.notes: dict[str, ipywidgets.Text] = {}
         self.buttons: dict[str, tuple[ipywidgets.Button, ipywidgets.Button]] = {}
@@ -387,8 +397,9 @@ class ChecksPanel(Panel):
         for check in self.checks:
             fields += self._fields(check["name"])
         self.go_on = self._button("Go on", "#1f4e8c", self._leave, "what is not recorded stays so", doing="going on …")
+        copied = self._fields_to_copy(panel_page.CHECK_ELSEWHERE)
         optional = () if run.params.spot_checks.required else (self.go_on,)
-        self.box.children = (self.head, self.signer.box, *fields, *optional, self.message, self.commands, self._hide)
+        self.box.children = (self.head, self.signer.box, *fields, *optional, self.message, copied, self._hide)
         self._left = False
         self.look()
 
@@ -403,7 +414,7 @@ class ChecksPanel(Panel):
             self._button("Pass", "#116b38", lambda: self._record(name, passed=True), f"sign that {words} passed"),
             self._button("Fail", "#b01c1c", lambda: self._record(name, passed=False), f"sign that {words} failed"),
         )
-        return [self.rows[name], self.notes[name], ipywidgets.HBox(self.buttons[name])]
+        return [self.rows[name], self.notes[name], ipywidgets.HBox(self.buttons[name], layout=BESIDE)]
 
     def _able(self) -> list[str]:
         return self.run.params.able("release")
@@ -449,9 +460,6 @@ class ChecksPanel(Panel):
             words = ("--as", person, "--key", key, "--note", self.notes[name].value.strip() or "NOTE")
             moves[name.replace("_", " ")] = panel_page.command("check", self.run.run_id, name, "--pass", *words)
         return moves
-
-    def _chosen(self) -> None:
-        self.commands.value = panel_page.commands_to_copy(panel_page.CHECK_ELSEWHERE, self._moves())
 
     def _twin(self) -> str:
         said = [(check, self._state.checks.get(check["name"])) for check in self.checks]

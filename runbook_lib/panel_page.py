@@ -25,11 +25,11 @@ _STYLE = (
     "grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr))}.rb ul.cards>.card{margin:0;min-width:0}"
     ".rb h4{font-size:16px;margin:0 0 4px;color:var(--text)}.rb .card p,.rb .card td,.rb dd{overflow-wrap:anywhere}"
     ".rb dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:2px 14px;margin:6px 0}.rb dt{color:var(--soft)}"
-    ".rb dd{margin:0}.rb .digest{font-size:11.5px;color:var(--soft)}.rb label.copy{display:flex;gap:8px;align-items:center;margin:3px 0}"
-    ".rb label.copy span{flex:0 0 132px}.rb label.copy input{flex:1 1 auto;min-width:0;font:12.5px/1.4 ui-monospace,Menlo,Consolas,"
-    "monospace;color:var(--text);background:var(--code);border:1px solid var(--soft);border-radius:4px;padding:4px 6px}"
+    ".rb dt,.rb dd{float:none;width:auto;margin:0;padding:0;font-weight:400}.rb dd ul{list-style:none;margin:0;padding:0}"
+    ".rb .digest{font-size:11.5px;color:var(--soft)}.rb .note{margin:0 0 4px 140px}"
     ".rb [role=status],.rb [role=alert]{padding:6px 10px;border-radius:6px;margin:4px 0;max-width:1000px;overflow-wrap:anywhere}"
-    ".rb-panel{max-width:1020px;overflow:visible}.rb-panel .jupyter-button{height:32px;line-height:20px;font-weight:600}"
+    ".rb-panel{max-width:1020px;overflow:visible}.rb-panel .widget-html,.rb-panel .widget-html-content{min-width:0;max-width:100%}"
+    ".rb-panel .jupyter-button{height:32px;line-height:20px;font-weight:600}"
     ".rb-panel button:focus-visible,.rb-panel input:focus-visible,.rb-panel select:focus-visible,.rb-panel summary:focus-visible"
     "{outline:3px solid #4a90e2;outline-offset:2px}"
 )
@@ -64,7 +64,7 @@ def _card(card: Mapping[str, Any]) -> str:
         f"<span class='soft'>{text(_MEANING.get(verdict, 'not proved good'))}</span></p>"
         f"{f'<p>{text(summary)}</p>' if summary else ''}"
         f"<p class='soft'>check code <code>{text(card['sha256'][:8])}</code></p>"
-        f"<details><summary>Details of {text(card['name'])}</summary>"
+        f"<details><summary data-lm-suppress-shortcuts='true'>Details of {text(card['name'])}</summary>"
         f"<p>sha256 <code class='digest'>{text(card['sha256'])}</code></p>{details}</details></li>"
     )
 
@@ -138,18 +138,8 @@ def command(*words: str) -> str:
     return " ".join(w if w.startswith("~/") and " " not in w else shlex.quote(w) for w in ("runbook", *words))
 
 
-def commands_to_copy(what: str, commands: Mapping[str, str]) -> str:
-    """Commands in fields that the keyboard reaches and selects; label -> command."""
-    fields = "".join(
-        f"<label class='copy'><span>{text(label)}</span><input type='text' readonly value='{text(one)}'></label>"
-        for label, one in commands.items()
-    )
-    # JupyterLab's one-letter shortcuts would take the keys of a field that cannot be written in.
-    return _page(f"<div data-lm-suppress-shortcuts='true'><p class='soft'>{text(what)}</p>{fields}</div>")
-
-
 def commands_to_read(what: str, commands: Mapping[str, str]) -> str:
-    """The same for a page without fields."""
+    """Commands for another machine, on a page without fields; label -> command."""
     return _page(f"<p class='soft'>{text(what)}</p><pre>{text(chr(10).join(commands.values()))}</pre>")
 
 
@@ -161,7 +151,7 @@ def said(words: str, *, tone: str = "plain") -> str:
 
 def note(words: str) -> str:
     """A line between the fields."""
-    return _page(f"<p class='soft'>{text(words)}</p>")
+    return _page(f"<p class='soft note'>{text(words)}</p>")
 
 
 def hide(twin: str) -> str:

@@ -184,6 +184,7 @@ class Backup(_Strict):
     free_ratio: Annotated[float, Field(ge=0.0, le=0.9)] = 0.15
     max_age_s: Seconds = 86400.0
     timeout_s: Seconds = 7200.0
+    stall_s: Seconds = 120.0
     scratch_capacity_bytes: Annotated[int, Field(gt=0, le=_MOST_BYTES)] | None = None
     parallel: Annotated[int, Field(ge=1, le=32)] = 4
     jobs: Annotated[int, Field(ge=1, le=64)] = 2
@@ -334,6 +335,10 @@ class Params(_Strict):
         """Who may approve a gate of a run that `opener` opens."""
         roles = set(getattr(self.gates, gate).roles)
         return [name for name, person in self.people.items() if roles & set(person.roles) and name != opener]
+
+    def with_a_role(self) -> list[str]:
+        """Whose signed word settles a step that is in doubt."""
+        return sorted(name for name, person in self.people.items() if person.roles)
 
     @property
     def all_hosts(self) -> dict[str, Host]:

@@ -34,14 +34,10 @@ _EVEN = ("bytes", "files")
 # Totals that are known and not foretold.
 _EXACT = ("s", "tables", "hosts")
 _STYLE = (
-    ".rb progress{-webkit-appearance:none;appearance:none;width:260px;max-width:100%;height:12px;margin:0 10px;border:0;"
+    ".rb progress{-webkit-appearance:none;appearance:none;width:260px;max-width:100%;height:12px;margin:0 10px;border:1px solid var(--soft);"
     "border-radius:6px;overflow:hidden;background:var(--code);vertical-align:middle}"
     ".rb progress::-webkit-progress-bar{background:var(--code)}.rb progress::-webkit-progress-value{background:var(--bar)}"
     ".rb progress::-moz-progress-bar{background:var(--bar)}"
-    # Without an end: a bar that is a quarter full and stands, since what moves all the time says nothing.
-    ".rb progress:indeterminate{background:linear-gradient(90deg,var(--bar) 25%,var(--code) 25%)}"
-    ".rb progress:indeterminate::-webkit-progress-bar{background:none}"
-    ".rb progress:indeterminate::-moz-progress-bar{background:none}"
 )
 _Result = TypeVar("_Result")
 
@@ -268,10 +264,12 @@ def _amount(value: int, unit: str) -> str:
 def _bar(seen: Seen, *, said: str = "", more: str = "") -> str:
     """A bar that reads without its style too, and says when it was drawn: a killed kernel leaves it standing."""
     words = said or seen.line.removeprefix(f"{seen.what}: ")
-    known = f' max="{seen.total}" value="{min(seen.done, seen.total)}"' if seen.total else ""
+    bar = ""  # where no end is known, a bar would say nothing
+    if seen.total:
+        bar = f'<progress max="{seen.total}" value="{min(seen.done, seen.total)}" aria-label="{text(seen.what)}"></progress> '
     drawn = f"{datetime.now(UTC):%H:%M:%S} UTC"
     return pages.output(
-        f'<div class="card"><strong>{text(seen.what)}</strong> <progress{known} aria-label="{text(seen.what)}"></progress> '
+        f'<div class="card"><strong>{text(seen.what)}</strong> {bar}'
         f'<span>{text(words)}</span> <span class="soft">at {drawn}</span>{f"<p>{more}</p>" if more else ""}</div>',
         more_style=_STYLE,
     )

@@ -41,6 +41,66 @@ _ROWS: tuple[tuple[str, str, str, tuple[str, ...], bool], ...] = (
 _ANY_OF = "Maintenance mode OFF"  # either way out of maintenance will do; elsewhere all steps are needed
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One way out of a stop: what it is called, the command that takes it, what it means."""
+
+    label: str
+    command: str
+    why: str
+
+
+def failure_menu(state: RunState, may_sign: Sequence[str] = ()) -> list[Move]:
+    """Every way on when a step failed or is in doubt, or a gate was rejected; empty while nothing is wrong.
+
+    Args:
+        state: where the run stands.
+        may_sign: people of the params file who hold a role.
+    """
+    run = state.run_id
+    blocked, failed = in_doubt(state), failing(state)
+    if state.ended or not (blocked or failed or state.rejected_gate):
+        return []
+    moves = []
+    who = f"one of {', '.join(may_sign)}" if may_sign else "somebody who holds a role"
+    for key in blocked:
+        settle = f"runbook resolve {run} {key}"
+        signed = "--as PERSON --key FILE --comment WHAT_YOU_SAW"
+        moves += [
+            Move(
+                "resolve: done",
+                f"{settle} --done {signed}",
+                f"{who} looked at the target of {key}, saw its effect and signs that; no other way passes a step over",
+            ),
+            Move(
+                "resolve: not done",
+                f"{settle} --not-done {signed}",
+                f"{who} looked, saw no effect and signs that; the step starts again",
+            ),
+        ]
+    if failed and not blocked:
+        moves.append(Move("retry", f"runbook resume {run}", f"tries {', '.join(failed)} again; what is green stays"))
+    if state.rollback is None:
+        moves.append(Move("roll back", f"runbook rollback {run} --reason TEXT", "takes the compiled way back"))
+    moves.append(Move("abort", f"runbook abort {run} --reason TEXT", "ends the run; what was changed stays changed"))
+    return moves
+
+
+def in_doubt(state: RunState) -> list[str]:
+    """Steps that only a person's signed statement can settle."""
+    return [key for key, step in state.steps.items() if step.status is Status.BLOCKED]
+
+
+def failing(state: RunState) -> list[str]:
+    """Steps that failed and stand in the way; on the way back only its own do."""
+    back = state.rollback is not None
+    return [
+        key
+        for key, step in state.steps.items()
+        if step.status is Status.FAILED and (not back or key.startswith("rollback."))
+    ]
+
+
 def checklist(state: RunState) -> list[Row]:
     """The playbook's summary checklist as the ledger has it now."""
     rows = []
@@ -156,8 +216,13 @@ def runs_index_html(states: Sequence[RunState]) -> str:
     return page(f"Releases to {environment}", body)
 
 
-def status_text(state: RunState) -> str:
-    """Where a run stands: its release, what is green, what failed, who decided."""
+def status_text(state: RunState, may_sign: Sequence[str] = ()) -> str:
+    """Where a run stands: its release, what is green, what failed, who decided, and every way on after a failure.
+
+    Args:
+        state: the fold of its events.
+        may_sign: people of the params file who hold a role.
+    """
     opened = state.opened
     lines = [
         f"run    {state.run_id}",
@@ -174,7 +239,7 @@ def status_text(state: RunState) -> str:
         if step.status is Status.FAILED:
             lines.append(f"  {_step_mark(step)} {key}: {_one_line(step.error) or step.status.value}")
         elif step.status is Status.BLOCKED:
-            lines += _doubt(state.run_id, key, step)
+            lines += _doubt(key, step)
         elif step.status is Status.RUNNING:
             lines.append(f"  ● {key} since {step.intent_time}, outcome not known yet")
     for name, gate in state.gates.items():
@@ -183,16 +248,15 @@ def status_text(state: RunState) -> str:
     for name, check in state.checks.items():
         lines.append(f"check  {name}: {'passed' if check['passed'] else 'failed'}, says {check['person']}")
     lines += [f"clock  {said}" for said in clock_jumps(state)]
+    lines += [f"can    {move.label:<17} {move.command}  ({move.why})" for move in failure_menu(state, may_sign)]
     return "\n".join(visible(line) for line in lines)
 
 
-def _doubt(run_id: str, key: str, step: StepState) -> list[str]:
-    """A blocked step: what is known of it, what is not, and the two commands of which one settles it."""
+def _doubt(key: str, step: StepState) -> list[str]:
+    """A blocked step: what is known of it, and what is not; the menu has the commands of which one settles it."""
     intent = step.intent
     process = intent.get("executor", {})
     before = "; ".join(f"{name}: {shown(value)}" for name, value in intent.get("pre_state", {}).items())
-    settle = f"runbook resolve {run_id} {key}"
-    signed = "--as PERSON --key FILE --comment WHAT_YOU_SAW"
     return [
         f"  ? {key}: {_one_line(step.error) or 'blocked'}",
         f"      known    attempt {step.attempt} on {intent.get('target', '?')} was begun {step.intent_time} by process "
@@ -200,8 +264,6 @@ def _doubt(run_id: str, key: str, step: StepState) -> list[str]:
         *([f"      before   {_one_line(before)}"] if before else []),
         f"      logs     {intent.get('children', 'none')}/ in the run's folder",
         "      unknown  whether its effect is there, wholly or in part",
-        f"      next     {settle} --done {signed}",
-        f"      or       {settle} --not-done {signed}",
     ]
 
 
@@ -232,14 +294,18 @@ def next_move(state: RunState, gate: str | None) -> str:
             else f"the next working day: runbook review {run}"
         )
         return after or "nothing: the run has ended and was reviewed"
-    blocked = [key for key, step in state.steps.items() if step.status is Status.BLOCKED]
+    blocked, failed = in_doubt(state), failing(state)
     if blocked:
         return f"look at the target of {blocked[0]}, then: runbook resolve {run} {blocked[0]} --done | --not-done --as PERSON --key FILE --comment WHAT_YOU_SAW"
     if state.rejected_gate:
         return f"gate {state.rejected_gate} was rejected: runbook rollback {run}, or runbook abort {run} --reason TEXT"
-    failed = [key for key, step in state.steps.items() if step.status is Status.FAILED]
     if failed and state.rollback is None:
-        return f"{failed[0]} failed: runbook resume {run} tries again, runbook rollback {run} goes back"
+        return (
+            f"{failed[0]} failed: runbook resume {run} tries again, runbook rollback {run} goes back, "
+            f"runbook abort {run} --reason TEXT ends it there"
+        )
+    if failed:
+        return f"{failed[0]} failed: runbook resume {run} tries again, runbook abort {run} --reason TEXT ends it there"
     if gate:
         return f"runbook gate show {run} {gate}, then: runbook gate approve {run} {gate} --as PERSON --key FILE, then: runbook resume {run}"
     return f"runbook resume {run}"

@@ -114,13 +114,17 @@ class RunState:
         return ""
 
 
-def fold(events: Iterable[Event]) -> RunState:
+def fold(events: Iterable[Event], onto: RunState | None = None) -> RunState:
     """Fold events, oldest first, into where the run stands.
+
+    Args:
+        events: what happened.
+        onto: where the run stood before the first of them; None means that it is the run's first.
 
     Raises:
         VerificationError: an event lacks what its kind has: it was not written by this program.
     """
-    state = RunState()
+    state = onto or RunState()
     for event in events:
         try:
             now = event.moment

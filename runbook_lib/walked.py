@@ -100,7 +100,9 @@ def take(run: Run, phases: tuple[str, ...] = ()) -> None:
         passed = all(step.is_green(run, state) for step in steps_of(phase))
         text = json.dumps(_without_widgets(notebook), indent=1, ensure_ascii=False) + "\n"
         if not wrong and (passed or state.ended):
-            keep(run, text, final)
+            # What is there may be this one already, before JupyterLab saved it once more.
+            if not final.exists() or missing(run, state, phase, json.loads(final.read_bytes())):
+                keep(run, text, final)
         elif wrong and final.exists() and passed:
             _set_aside(run.secrets.redacted(text), final)
         elif wrong and (passed or state.ended):
@@ -116,7 +118,8 @@ def edited(run: Run, path: Path) -> str:
     if not path.exists():
         return ""
     cells = [c for c in json.loads(path.read_bytes())["cells"] if c["cell_type"] == "code"]
-    own = ["".join(c["source"]) for c in cells if _INJECTED not in c["metadata"].get("tags", [])]
+    # Shift+Enter in the last cell leaves an empty one behind it.
+    own = [t for c in cells if _INJECTED not in c["metadata"].get("tags", []) and (t := "".join(c["source"])).strip()]
     try:
         known = pinned.sources(run, path.name)
     except UsageError as error:

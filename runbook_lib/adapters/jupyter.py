@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +132,7 @@ def start(folder: Path, *, state: Path, port: int, terminals: bool, env: Mapping
         )
     process = processes.of(child.pid)
     try:
-        info = _wait_for(runtime / f"jpserver-{child.pid}.json", child)
-        server = Server(process, f"http://127.0.0.1:{info['port']}/", token, state, runtime)
-        server._ask("GET", "api/status")
+        server = _wait_for(child, Server(process, "", token, state, runtime))
     except BaseException as error:
         Server(process, "", token, state, runtime).end()
         if not isinstance(error, RunbookError):
@@ -196,15 +194,20 @@ def _write_settings(state: Path, token: str) -> None:
     (state / "data").mkdir(exist_ok=True)
 
 
-def _wait_for(file: Path, child: subprocess.Popen[bytes]) -> dict[str, Any]:
+def _wait_for(child: subprocess.Popen[bytes], server: Server) -> Server:
+    """The server with its address, as soon as it answers there."""
+    file = server.runtime / f"jpserver-{child.pid}.json"
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
         try:
-            return dict(json.loads(file.read_bytes()))
-        except (FileNotFoundError, ValueError):  # not yet, or not yet whole
+            found = replace(server, url=f"http://127.0.0.1:{json.loads(file.read_bytes())['port']}/")
+            found._ask("GET", "api/status")
+        except (FileNotFoundError, ValueError, UnavailableError):  # not written, not whole, or not listening yet
             if child.poll() is not None:
                 raise UnavailableError(f"it ended with exit status {child.returncode}") from None
             time.sleep(0.05)
+        else:
+            return found
     raise UnavailableError(f"no answer within {_START_S:g} s")
 
 
@@ -216,7 +219,8 @@ def _run_cells(path: Path, connection: Path, data: Path) -> str:
     notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     client: Any = BlockingKernelClient(connection_file=str(connection))
     client.load_connection_file()
-    client.start_channels()
+    # No heartbeat: it takes a second's silence of a kernel that is just starting for its death.
+    client.start_channels(hb=False)
     failed = ""
     try:
         client.wait_for_ready(timeout=_CELL_S)

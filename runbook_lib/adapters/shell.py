@@ -71,13 +71,14 @@ class LocalShell:
                     remedy="mend that, then resume",
                 ) from error
             try:
-                exit_code = child.wait(timeout=command.timeout_s)
-            except subprocess.TimeoutExpired:
+                exit_code = _wait(child, command, (log, command.stdout or log))
+            except subprocess.TimeoutExpired as error:
                 end_group(child.pid)
                 child.wait()
-                raise StepFailedError(
-                    f"{command.argv[0]} was ended after {command.timeout_s:g} s ({name})", remedy=f"read {log}"
-                ) from None
+                said = f"{command.argv[0]} was ended after {command.timeout_s:g} s ({name})"
+                if isinstance(error, _StalledError):
+                    said = f"{command.argv[0]} was ended since no byte came from it for {command.stall_s:g} s: it hangs ({name})"
+                raise StepFailedError(said, remedy=f"read {log}") from None
             finally:
                 self.secrets.redact_file(log)
         lock_file.unlink(missing_ok=True)
@@ -93,3 +94,25 @@ def _why_killed(exit_code: int, killed_before: int) -> str:
     if exit_code != _KILLED:
         return ""
     return " (the machine had no memory left for it)" if out_of_memory_kills() > killed_before else " (SIGKILL)"
+
+
+class _StalledError(subprocess.TimeoutExpired):
+    """No output for `stall_s` seconds."""
+
+
+def _wait(child: subprocess.Popen[bytes], command: Command, outputs: tuple[Path, ...]) -> int:
+    if command.stall_s is None:
+        return child.wait(timeout=command.timeout_s)
+    deadline = time.monotonic() + command.timeout_s
+    pause_s = min(1.0, command.stall_s / 4)
+    before, silent_s = -1, 0.0
+    while silent_s < command.stall_s:
+        try:
+            return child.wait(timeout=max(0.0, min(pause_s, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= deadline:
+                raise
+        written = sum(path.stat().st_size for path in outputs)
+        # Looks are counted and not the clock: a machine that slept has not given the command its time.
+        before, silent_s = written, silent_s + pause_s if written == before else 0.0
+    raise _StalledError(command.argv, command.stall_s)

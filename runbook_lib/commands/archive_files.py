@@ -143,7 +143,13 @@ def parse_stamps(data: bytes) -> dict[str, str]:
 
 
 def create(
-    files: Sequence[str], *, known: Mapping[str, str], packing: Packing, into: Path, timeout_s: float
+    files: Sequence[str],
+    *,
+    known: Mapping[str, str],
+    packing: Packing,
+    into: Path,
+    timeout_s: float,
+    stall_s: float | None = None,
 ) -> Command:
     """Stream the files as a compressed tar, its digest on standard error.
 
@@ -161,7 +167,9 @@ def create(
         "--",
         *named,
     )
-    return Command(("sh", "-c", _STREAM, "sh", *argv), timeout_s=timeout_s, stdout=into, ok_exits=(0, CHANGED))
+    return Command(
+        ("sh", "-c", _STREAM, "sh", *argv), timeout_s=timeout_s, stdout=into, ok_exits=(0, CHANGED), stall_s=stall_s
+    )
 
 
 def streamed_sha256(said: str) -> str:

@@ -18,7 +18,6 @@ pytest.importorskip("playwright", reason="no playwright: pip install playwright"
 from playwright.sync_api import Page, expect  # noqa: E402
 
 from runbook_lib import lab as lab_module  # noqa: E402
-from runbook_lib import wiring  # noqa: E402
 from runbook_lib.adapters import http  # noqa: E402
 from runbook_lib.model import Status  # noqa: E402
 from tests.browser.walker import SLOW_MS, Lab, lab_of  # noqa: E402
@@ -102,4 +101,3 @@ def test_in_production_the_browser_opens_no_shell(project: Project, monkeypatch:
         lab.end()
 
     assert answers == {False: 200, True: 404}
-    assert wiring.attach(run.run_id).state.ended is None

@@ -91,7 +91,7 @@ class Outside:
     urls: list[str] = field(default_factory=list)
 
     def look(self, request: Request) -> None:
-        if not re.match(r"(https?|wss?)://127\.0\.0\.1:\d+/|data:|blob:", request.url):
+        if not re.match(r"file:///|(https?|wss?)://127\.0\.0\.1:\d+/|data:|blob:", request.url):
             self.urls.append(request.url)
 
 
@@ -100,6 +100,7 @@ class Notebook:
 
     def __init__(self, page: Page) -> None:
         self.page = page
+        self.name = ""
         self.panel = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)")
 
     @classmethod
@@ -107,33 +108,63 @@ class Notebook:
         """Open it and wait until its kernel is ready."""
         page.goto(url)
         notebook = cls(page)
-        notebook.panel.locator(".jp-Cell").first.wait_for(timeout=SLOW_MS)
-        notebook.wait_idle()
+        notebook._ready()
         return notebook
 
+    @classmethod
+    def opened_beside(cls, page: Page, name: str) -> Notebook:
+        """Open one more in a JupyterLab that is open, by the file browser as people do."""
+        item = page.locator(f".jp-DirListing-item[data-file-type=notebook]:has-text('{name}')")
+        item.dblclick()
+        page.locator(".lm-TabBar-tab.lm-mod-current", has_text=name).first.wait_for(timeout=SLOW_MS)
+        notebook = cls(page)
+        notebook._ready()
+        return notebook
+
+    def _ready(self) -> None:
+        self.panel.locator(".jp-Cell").first.wait_for(timeout=SLOW_MS)
+        self.wait_idle()
+        self.name = self._tabs.and_(self.page.locator(".lm-mod-current")).inner_text().strip()
+
+    @property
+    def _tabs(self) -> Locator:
+        return self.page.locator("#jp-main-dock-panel .lm-TabBar-tab")
+
+    def show(self) -> None:
+        """Bring it to the front."""
+        self._tabs.filter(has_text=self.name).click()
+
     def wait_idle(self) -> None:
-        """Until nothing runs and nothing waits to run."""
+        """Until the kernel is there, nothing runs and nothing waits to run."""
+        # The indicator alone is idle also while the page is still connecting: what is pressed then is lost.
+        expect(self.page.locator("#jp-bottom-panel")).to_contain_text("| Idle", timeout=SLOW_MS)
         indicator = self.panel.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
         indicator.wait_for(state="attached", timeout=SLOW_MS)
 
-    def cell(self, source: str) -> Locator:
-        """The code cell whose source holds this text."""
+    def cell(self, source: str | int) -> Locator:
+        """The code cell whose source holds this text, or the one of this number, from 0."""
+        if isinstance(source, int):
+            return self.panel.locator(".jp-CodeCell").nth(source)
         return self.panel.locator(".jp-CodeCell").filter(has=self.page.locator(".cm-content", has_text=source))
 
-    def output(self, source: str) -> Locator:
+    def output(self, source: str | int) -> Locator:
         """What a cell shows."""
         return self.cell(source).locator(".jp-OutputArea-output")
 
-    def run(self, source: str) -> None:
-        """Run one cell, by keyboard, and wait until it has ended."""
+    def press(self, source: str | int) -> None:
+        """Begin to run one cell, by keyboard."""
         self.cell(source).locator(".cm-content").click()
-        before = self._count(source)
         self.page.keyboard.press("Shift+Enter")
+
+    def run(self, source: str | int) -> None:
+        """Run one cell and wait until it has ended."""
+        before = self._count(source)
+        self.press(source)
         # The prompt's number changes when it has run: idle alone may still be the moment before.
         expect(self.cell(source).locator(".jp-InputPrompt")).not_to_have_text(before, timeout=SLOW_MS)
         expect(self.cell(source).locator(".jp-InputPrompt")).to_have_text(re.compile(r"\[\d+\]:"), timeout=SLOW_MS)
 
-    def _count(self, source: str) -> str:
+    def _count(self, source: str | int) -> str:
         return self.cell(source).locator(".jp-InputPrompt").inner_text()
 
     def run_all(self) -> None:
@@ -142,7 +173,7 @@ class Notebook:
         self.page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
         self.page.locator("li[data-command='runmenu:run-all']").click()
 
-    def wait_output(self, source: str, text: str | re.Pattern[str]) -> None:
+    def wait_output(self, source: str | int, text: str | re.Pattern[str]) -> None:
         """Wait until a cell shows a text."""
         expect(self.output(source).filter(has_text=text).first).to_be_visible(timeout=SLOW_MS)
 

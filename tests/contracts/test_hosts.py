@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +27,7 @@ from runbook_lib.commands.hosts import over_ssh
 from runbook_lib.errors import StepFailedError, UsageError
 from runbook_lib.model import Command
 from runbook_lib.ports import Host
+from tests.project import alive, wait_until
 
 if TYPE_CHECKING:
     from tests.contracts.conftest import SecureShell
@@ -196,6 +200,51 @@ def test_a_damaged_archive_is_not_readable(shell: LocalShell, tmp_path: Path, pr
         (tmp_path / "out").write_bytes(content)
         with pytest.raises(StepFailedError, match="cannot be read to its end"):
             archives.read(tmp_path / "out")
+
+
+def test_a_command_that_hangs_is_ended_long_before_its_time_is_up(
+    host: Host, shell: LocalShell, tmp_path: Path
+) -> None:
+    hung = Command(("sh", "-c", "printf x; exec sleep 500"), timeout_s=400, stall_s=1, stdout=tmp_path / "out")
+
+    with pytest.raises(StepFailedError, match=r"was ended since no byte came from it for 1 s: it hangs \(tar-app-01\)"):
+        shell.run(host.command(hung), name="tar-app-01")
+
+    assert (tmp_path / "out").read_bytes() == b"x"
+
+
+def test_a_slow_command_that_goes_on_is_left_alone(host: Host, shell: LocalShell, tmp_path: Path) -> None:
+    slow = Command(
+        ("sh", "-c", "for n in 1 2 3 4 5 6 7 8; do sleep 0.5; printf x; done"), stall_s=3, stdout=tmp_path / "out"
+    )
+
+    assert shell.run(host.command(slow), name="slow").exit_code == 0
+
+
+def test_a_host_that_hangs_in_the_middle_of_its_archive_is_named(host: Host, shell: LocalShell, tmp_path: Path) -> None:
+    big = Path(host.home) / f"big-{tmp_path.name}"
+    big.write_bytes(os.urandom(4 << 20) * 50)
+    packing, part = archive_files.Packing("gzip"), tmp_path / "part"
+    tar = archive_files.create((big.name,), known={big.name: ""}, packing=packing, into=part, timeout_s=400, stall_s=2)
+    held: list[int] = []
+
+    def hold() -> None:
+        wait_until(lambda: part.exists() and part.stat().st_size > 0, "an archive")
+        held.extend(alive(f"--\0./{big.name}"))
+        for pid in held:
+            os.kill(pid, signal.SIGSTOP)
+
+    holding = threading.Thread(target=hold)
+    holding.start()
+    try:
+        with pytest.raises(StepFailedError, match=r"no byte came from it for 2 s: it hangs \(tar-app-01\)"):
+            shell.run(host.command(tar), name="tar-app-01")
+        assert held
+    finally:
+        holding.join()
+        for pid in held:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_an_unknown_host_key_is_refused(secure_shell: SecureShell, shell: LocalShell, tmp_path: Path) -> None:

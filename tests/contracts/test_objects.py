@@ -157,6 +157,41 @@ def test_parts_of_a_killed_upload_are_removed(store: S3Store, tmp_path: Path, mo
     assert [u for u in listed.get("Uploads", []) if u["Key"] == name] == []
 
 
+_HALF = """
+import sys, time
+from pathlib import Path
+from runbook_lib.adapters import objects
+objects._ONE_REQUEST_BYTES, objects._PART_BYTES, objects._PARTS_AT_ONCE = 1 << 20, 5 << 20, 1
+store = objects.S3Store(bucket=sys.argv[1], prefix=sys.argv[2], endpoint=sys.argv[3], credentials_file=sys.argv[4])
+objects.S3Store._count = lambda self, size: (print("sent", flush=True), time.sleep(600))
+store.put(Path(sys.argv[5]), "big", sha256=sys.argv[6])
+"""
+
+
+def test_what_a_killed_process_sent_is_removed_by_the_next_one(store: S3Store, tmp_path: Path) -> None:
+    path, digest = _file(tmp_path, b"y" * (12 << 20))
+    prefix = f"{store.prefix}/"
+
+    def uploads() -> list[Any]:
+        return list(store._client.list_multipart_uploads(Bucket=store.bucket, Prefix=prefix).get("Uploads", []))
+
+    words = (store.bucket, store.prefix, str(store.endpoint), str(store.credentials_file), str(path), digest)
+    with subprocess.Popen((sys.executable, "-c", _HALF, *words), stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "sent\n"
+        child.kill()
+    (left,) = uploads()
+    assert store.find("big") is None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objects, "_ONE_REQUEST_BYTES", 1 << 20)
+        stored = store.put(path, "big", sha256=digest)
+
+    assert left["Key"] == f"{prefix}big"
+    assert stored.sha256 == digest
+    assert uploads() == []
+
+
 def test_parts_of_a_failed_upload_are_removed_at_once(
     store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,9 @@ import pytest
 from runbook_lib.phases import ALL, name_of, notebook_of
 from tests.project import ROOT, Project
 
-NOTEBOOKS = sorted((ROOT / "runbooks").glob("[0-9]*.ipynb"))
+PHASES = sorted((ROOT / "runbooks").glob("[0-9]*.ipynb"))
+DESK = ROOT / "runbooks" / "release_desk.ipynb"
+NOTEBOOKS = [*PHASES, DESK]
 
 
 def code_cells(path: Path) -> list:
@@ -21,7 +23,7 @@ def code_cells(path: Path) -> list:
 
 
 def test_there_is_one_notebook_a_phase() -> None:
-    assert [p.name for p in NOTEBOOKS] == [notebook_of(name_of(module)) for module in ALL]
+    assert [p.name for p in PHASES] == [notebook_of(name_of(module)) for module in ALL]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -49,6 +51,14 @@ def test_a_notebook_calls_every_step_of_its_phase_once_in_order(module: object) 
 
     assert cells[0] == 'environment = "rehearsal"\nversion = ""\nrun_id = ""'
     assert cells[2:] == [f"{phase}.{step.name}(run)" for step in module.STEPS]  # type: ignore[attr-defined]
+
+
+def test_the_desk_opens_the_run_as_the_others_do_and_shows_it() -> None:
+    parameters, handle, shown = (c.source for c in code_cells(DESK))
+
+    assert parameters == 'environment = "rehearsal"\nversion = ""\nrun_id = ""'
+    assert handle.endswith("run = open_run(environment, version, run_id)\nrun")
+    assert shown == "desk.show(run)"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

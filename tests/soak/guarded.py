@@ -278,14 +278,14 @@ _EVENTS = (
     Guard(
         "each event's hash covers it and the one before",
         _LEDGER,
-        "if event.seq != seq or event.prev != prev or sha256(canonical_json(event.body())) != event.hash:",
-        "if event.seq != seq:",
+        "if event.seq != number or event.prev != prev or sha256(canonical_json(event.body())) != event.hash:",
+        "if event.seq != number:",
         (f"{_T_LEDGER}an_event_changed_behind_the_triggers_breaks_the_chain[sqlite-data]",),
     ),
     Guard(
         "the ledger's numbers have no gap",
         _LEDGER,
-        "if event.seq != seq or event.prev != prev or sha256(canonical_json(event.body())) != event.hash:",
+        "if event.seq != number or event.prev != prev or sha256(canonical_json(event.body())) != event.hash:",
         "if sha256(canonical_json(event.body())) != event.hash:",
         (f"{_T_LEDGER}a_removed_event_breaks_the_chain[sqlite]",),
     ),
@@ -483,8 +483,8 @@ _GATES = (
     Guard(
         "a decision is signed by its person: asked at the door",
         _GATE,
-        "    decisions.check_signature(run, data, signature, person=person)\n    recorded:",
-        "    recorded:",
+        "    decisions.check_signature(run, data, signature, person=person)\n    recorded: dict",
+        "    recorded: dict",
         (f"{_AT_THE_DOOR}[another's key]",),
     ),
     Guard(

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from runbook_lib.errors import FencedError, LedgerUnavailableError, PausedError, UsageError, VerificationError
 from runbook_lib.ledger import Ledger
 from runbook_lib.model import Status
-from runbook_lib.state import RunState
+from runbook_lib.state import RunState, fold
 from tests.ledgers import LedgerServer
 
 OPENED = {"opened_by": "robin", "environment": "rehearsal"}
@@ -264,3 +264,22 @@ def test_a_ledger_that_has_no_session_left_is_one_that_does_not_answer(ledger: L
 
     with ledger._engine.connect(), pytest.raises(LedgerUnavailableError, match="cannot be used: QueuePool limit"):
         ledger.events("run-1")
+
+
+def test_only_new_events_are_read_and_folded_onto_what_is_known(ledger: Ledger) -> None:
+    before = ledger.state("run-1")
+    assert ledger.after("run-1", before) == []
+
+    ledger.append("run-1", "phase_started", {"phase": "backup"})
+    ledger.append("run-1", "rollback_requested", {"reason": "red", "exit_code": 1})
+
+    new = ledger.after("run-1", before)
+    assert [event.kind for event in new] == ["phase_started", "rollback_requested"]
+    assert fold(new, before) == ledger.state("run-1")
+
+
+def test_new_events_that_do_not_follow_from_what_is_known_are_refused(ledger: Ledger) -> None:
+    ledger.append("run-1", "phase_started", {"phase": "backup"})
+
+    with pytest.raises(VerificationError, match="event 2 of run run-1 breaks the chain"):
+        ledger.after("run-1", RunState(run_id="run-1", seq=1, head="f" * 64))

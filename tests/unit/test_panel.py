@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from runbook_lib import decisions, gate, panel, panel_page, signatures
+from runbook_lib.card import Card
 from runbook_lib.errors import PausedError
 from runbook_lib.model import StepResult
 from runbook_lib.panel import ChecksPanel, GatePanel
@@ -27,15 +29,15 @@ from tests.project import ROOT
 from tests.unit.conftest import OPENER, OpenRun
 from tests.unit.test_gate import FILE, asked_in, green
 
-Settled = list[StepResult]
+Settled = list[Card]
 
 
-def settling(run: Run, name: str, settled: Settled) -> Callable[[], StepResult]:
+def settling(run: Run, name: str, settled: Settled) -> Callable[[], Card]:
     """What the gate's cell does when it is called: the outcome of its decisions."""
 
-    def settle() -> StepResult:
+    def settle() -> Card:
         gate._ready(run, name)
-        result = StepResult(facts={"approved": "yes"}, title="Gate 1: backup")
+        result = Card(facts={"approved": "yes"}, title="Gate 1: backup")
         settled.append(result)
         return result
 
@@ -67,7 +69,7 @@ def shown(run: Run, settled: Settled) -> GatePanel:
 def choose(shown: Any, person: str, key: Path | None = None, comment: str = "") -> None:
     shown.signer.who.value = person
     if key is not None:
-        shown.signer.file.value = str(key)
+        shown.signer.key.value = str(key)
     if comment:
         shown.comment.value = comment
 
@@ -162,13 +164,7 @@ def test_what_others_wrote_is_text(run: Run, people: dict[str, Path], settled: S
     shown.message.value = panel_page.said(evil, tone="bad")
 
     assert "&lt;img" in shown.head.value
-    for markup in (
-        shown.head.value,
-        shown.commands.value,
-        shown.message.value,
-        shown._twin(),
-        shown._last["text/html"],
-    ):
+    for markup in (shown.head.value, shown.message.value, shown._twin(), shown._last["text/html"]):
         assert "<img" not in markup
         assert "\u202e" not in markup
         assert "onerror=alert(1)>'" not in markup
@@ -178,9 +174,10 @@ def test_the_command_to_copy_is_the_chosen_persons_and_works(
     run: Run, shown: GatePanel, people: dict[str, Path]
 ) -> None:
     choose(shown, "ada", people["ada"], comment="it's fine; $(reboot)")
-    command = re.search(r"value='(runbook gate approve [^']*(?:&#x27;[^']*)*)'", shown.commands.value)
-    assert command is not None
-    argv = shlex.split(html.unescape(command[1]))
+    field = shown.commands["To approve"]
+    argv = shlex.split(field.value)
+    field.value = "runbook gate approve something else"
+    assert shlex.split(field.value) == argv, "what is typed over it is put back"
 
     done = subprocess.run(
         (sys.executable, "-m", "runbook_lib", *argv[1:]),
@@ -228,7 +225,8 @@ def test_the_right_persons_key_opens_the_gate_and_the_card_takes_the_panels_plac
         pytest.param("ada", "bea", "the signature is not ada's", id="another's key"),
         pytest.param("dan", "dan", "dan holds dba; gate backup needs deploy_lead", id="without the role"),
         pytest.param(OPENER, OPENER, "lea opened this run and cannot approve it", id="who opened it"),
-        pytest.param("ada", "nobody", "there is no key file", id="no such file"),
+        pytest.param("ada", "nowhere", "there is no key file", id="no such file"),
+        pytest.param("eve", "ada", "'eve' is nobody in the params file", id="nobody"),
     ],
 )
 def test_who_may_not_is_refused_with_the_rule(
@@ -248,7 +246,7 @@ def test_a_rejection_needs_its_reason_and_says_who_why_and_what_next(
 ) -> None:
     choose(shown, "bea", people["bea"])
     shown.reject.click()
-    is_refused(shown, "a rejection needs its reason")
+    is_refused(shown, "nothing was signed: a rejection needs its reason. Next: write it under Comment")
     assert recorded(run) == []
 
     shown.comment.value = "the dump is too old"
@@ -287,11 +285,14 @@ def test_a_key_that_ssh_agent_holds_signs(
     agent(people["ada"])
     agent(people["bea"])
     shown.signer.offer(signatures.agent_keys())
-    assert len(shown.signer.key.options) == 1  # nobody is chosen yet
+    assert shown.signer.key.options == ()  # nobody is chosen yet
     choose(shown, "ada")
-    (_, file), (label, own) = shown.signer.key.options
-    assert file == ""
-    assert signatures.fingerprint(own) in label
+    (own,) = shown.signer.key.options
+    assert own == signatures.fingerprint(signatures.public_key_of(people["ada"]))
+    shown.signer.key.value = own
+    choose(shown, "bea")
+    assert shown.signer.key.value == "", "another's key does not stay chosen"
+    choose(shown, "ada")
 
     shown.signer.key.value = own
     shown.approve.click()
@@ -437,6 +438,27 @@ def test_one_person_at_two_panels_at_once_is_recorded_once(
     assert recorded(run) == [("ada", "approve")]
 
 
+def test_the_same_decision_from_two_machines_at_one_moment_is_recorded_once(
+    run: Run, people: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other machine's arrives when this one's is checked and not yet written."""
+    data = gate.decision_statement(run, "backup", "approve", "ada", "seen")
+    signature = decisions.signed(data, key=people["ada"])
+    check = decisions.check_signature
+
+    def checked_slowly(*arguments: Any, **named: Any) -> None:
+        check(*arguments, **named)
+        monkeypatch.setattr(decisions, "check_signature", check)
+        gate.decide(run, "backup", data, signature)
+
+    monkeypatch.setattr(decisions, "check_signature", checked_slowly)
+
+    said = gate.decide(run, "backup", data, signature)
+
+    assert recorded(run) == [("ada", "approve")]
+    assert said["sha256"] == run.state.gate("backup").decisions[0]["sha256"]
+
+
 def test_shown_again_it_is_the_same_panel_with_one_task(run: Run, shown: GatePanel, settled: Settled) -> None:
     async def walk() -> int:
         shown._ipython_display_()
@@ -481,7 +503,7 @@ def test_when_time_is_up_the_next_move_is_said_once(open_run: OpenRun, settled: 
 def test_what_stops_the_step_is_said_and_not_tried_again_without_news(run: Run, people: dict[str, Path]) -> None:
     tries: list[str] = []
 
-    def held() -> StepResult:
+    def held() -> Card:
         tries.append("tried")
         raise PausedError("another process has the run", remedy="runbook status RUN")
 
@@ -495,7 +517,7 @@ def test_what_stops_the_step_is_said_and_not_tried_again_without_news(run: Run, 
 
 
 def test_a_fault_of_our_own_is_one_line_and_the_panel_goes_on(run: Run, people: dict[str, Path]) -> None:
-    def broken() -> StepResult:
+    def broken() -> Card:
         raise ZeroDivisionError("by zero")
 
     shown = GatePanel(run, "backup", broken)
@@ -511,7 +533,14 @@ def test_a_fault_of_our_own_is_one_line_and_the_panel_goes_on(run: Run, people: 
 
 
 @pytest.fixture
-def checking(open_run: OpenRun, settled: Settled) -> ChecksPanel:
+def checking(open_run: OpenRun, settled: Settled, tmp_path: Path) -> ChecksPanel:
+    file = tmp_path / "home" / "params" / "staging.yml"
+    params = yaml.safe_load(file.read_text())
+    params["spot_checks"]["checks"] = [
+        {"name": "log_in", "asks": "Can a user log in?", "path": "/login"},
+        {"name": "dashboard", "asks": "Is today shown?", "url": "https://charts.example.com/today"},
+    ]
+    file.write_text(yaml.safe_dump(params))
     run = open_run()
     for module in (prepare, backup, begin, migrate, deploy):
         for made in module.STEPS:
@@ -519,8 +548,8 @@ def checking(open_run: OpenRun, settled: Settled) -> ChecksPanel:
                 green(run, key)
     green(run, verify.smoke_tests.key())
 
-    def settle() -> StepResult:
-        result = verify.spot_checks.action(run)
+    def settle() -> Card:
+        result = Card.of(verify.spot_checks.action(run))
         settled.append(result)
         return result
 
@@ -543,7 +572,12 @@ def test_checks_are_shown_with_link_who_and_when_by_panel_and_twin(
         assert f"passed by quinn, {said['time'][:10]}" in words(markup)
         assert checking.checks[0]["link"] in markup
         assert "saw &lt;b&gt;it&lt;/b&gt;" in markup
+    assert [check["link"] for check in checking.checks] == [
+        f"{checking.run.params.application.url}/login",
+        "https://charts.example.com/today",
+    ]
     for check in checking.checks:
+        assert check["link"] in checking._twin()
         assert check["asks"] in words(checking._twin())
         assert f"runbook check {checking.run.run_id} {check['name']} --pass" in words(checking._twin())
 
@@ -618,7 +652,7 @@ def test_what_the_command_records_is_seen(checking: ChecksPanel, people: dict[st
 def test_optional_checks_can_be_left_out(open_run: OpenRun) -> None:
     run = open_run(spot_checks__required="false")
     left: list[str] = []
-    made = ChecksPanel(run, lambda: left.append("left") or StepResult(title="Checks"))
+    made = ChecksPanel(run, lambda: left.append("left") or Card(title="Checks"))
     assert made.go_on in made.box.children
     assert left == []
 

@@ -18,6 +18,7 @@ from runbook_lib.render import (
     checklist,
     checklist_html,
     checklist_text,
+    failure_menu,
     gate_text,
     next_move,
     plan_text,
@@ -299,6 +300,45 @@ def test_text_has_the_contrast_of_wcag_aa_in_both_schemes() -> None:
         for one, two in pairs:
             light, dark = sorted((luminance(scheme[one]), luminance(scheme[two])), reverse=True)
             assert (light + 0.05) / (dark + 0.05) >= 4.5, (one, two)
+
+
+def commands(state: RunState) -> list[str]:
+    return [move.command for move in failure_menu(state, ("ada", "dan"))]
+
+
+def test_every_way_on_after_a_failure_is_told_with_its_command() -> None:
+    failed = begun().step("backup.dump", status="failed", error="no room")
+
+    assert commands(fold(begun())) == []
+    assert commands(fold(failed)) == [
+        "runbook resume RUN-1",
+        "runbook rollback RUN-1 --reason TEXT",
+        "runbook abort RUN-1 --reason TEXT",
+    ]
+    for command in commands(fold(failed)):
+        assert command in status_text(fold(failed))
+    assert commands(fold(failed.add("run_ended", state="aborted"))) == []
+
+
+def test_on_the_way_back_only_its_own_failures_count_and_it_is_not_offered_again() -> None:
+    story = begun().step("backup.dump", status="failed").add("rollback_requested", reason="r", exit_code=1)
+    assert commands(fold(story)) == []
+
+    story.step("rollback.restore_code", status="failed")
+
+    assert commands(fold(story)) == ["runbook resume RUN-1", "runbook abort RUN-1 --reason TEXT"]
+    assert next_move(fold(story), None).startswith("rollback.restore_code failed: runbook resume RUN-1")
+
+
+def test_a_step_in_doubt_is_passed_over_by_nothing_but_a_signature_and_names_who_may_give_it() -> None:
+    story = begun().add("step_intent", step="a.b", title="", attempt=1).add("step_blocked", step="a.b", why="?")
+
+    menu = failure_menu(fold(story), ("ada", "dan"))
+
+    assert [move.label for move in menu] == ["resolve: done", "resolve: not done", "roll back", "abort"]
+    assert "one of ada, dan" in menu[0].why
+    assert "one of ada, dan" in status_text(fold(story), ("ada", "dan"))
+    assert "somebody who holds a role" in status_text(fold(story))
 
 
 def test_the_next_move_can_be_typed() -> None:

@@ -1,0 +1,171 @@
+"""A whole release, walked in JupyterLab: every cell run there, three people's own signatures, the sealed record."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+pytest.importorskip("playwright", reason="no playwright: pip install playwright")
+
+from playwright.sync_api import Locator, Page, expect  # noqa: E402
+
+from runbook_lib.card import MIME  # noqa: E402
+from runbook_lib.phases import FORWARD, name_of, notebook_of  # noqa: E402
+from tests.browser.walker import SLOW_MS, Lab, Notebook  # noqa: E402
+from tests.project import Project, wait_until  # noqa: E402
+
+ROLES = {"backup": "deploy_lead", "migrate": "dba", "verify": "qa"}
+Shoot = Callable[[Page, str], None]
+
+
+@pytest.fixture
+def shoot(tmp_path: Path) -> Shoot:
+    """Takes the pictures of the documents; RUNBOOK_PICTURES=docs/pictures renews those."""
+    folder = Path(os.environ.get("RUNBOOK_PICTURES", tmp_path))
+
+    def taken(page: Page, name: str) -> None:
+        page.screenshot(path=folder / f"{name}.png")
+
+    return taken
+
+
+def signs(panel: Locator, person: str, key: str) -> None:
+    """Choose who signs, and with which key file."""
+    for label, value in (("Who signs", person), ("Key", key)):
+        panel.get_by_label(label, exact=True).fill(value)
+        panel.get_by_label(label, exact=True).press("Tab")
+
+
+def approve(notebook: Notebook, number: int, person: str, key: str) -> None:
+    """Sign in the gate's panel, and wait for the card that takes its place."""
+    panel = notebook.cell(number).locator(".rb-panel")
+    signs(panel, person, key)
+    panel.get_by_role("button", name="Approve").click()
+    notebook.wait_output(number, re.compile("approved by"))
+    expect(panel).to_have_count(0, timeout=SLOW_MS)
+
+
+def tick(notebook: Notebook, number: int, person: str, key: str, recorded: Callable[[], int]) -> None:
+    """Sign every spot check as passed, and wait for the step's card."""
+    panel = notebook.cell(number).locator(".rb-panel")
+    signs(panel, person, key)
+    checks = panel.get_by_role("button", name="Pass").count()
+    for check in range(checks):
+        panel.get_by_role("button", name="Pass").nth(check).click()
+        wait_until(lambda: recorded() == check + 1, f"the record of spot check {check + 1}")  # noqa: B023
+    expect(panel).to_have_count(0, timeout=SLOW_MS)
+    notebook.wait_output(number, re.compile("passed, "))
+
+
+def test_a_whole_release_is_walked_cell_by_cell_to_the_sealed_record(
+    lab: Lab, project: Project, page: Page, shoot: Shoot
+) -> None:
+    people = project.facts["people"]
+    signer = {
+        phase: next(name for name, who in people.items() if role in who["roles"]) for phase, role in ROLES.items()
+    }
+    assert len(set(signer.values())) == 3
+    desk = Notebook.opened(page, lab.url)
+    for phase in map(name_of, FORWARD):
+        name = notebook_of(phase)
+        notebook = Notebook.opened_beside(page, name)
+        cells = [c for c in nbformat.read(lab.folder / name, as_version=4).cells if c.cell_type == "code"]
+        for number, source in enumerate(cell.source for cell in cells):
+            if source == "verify.watch_telemetry(run)":
+                notebook.press(number)
+                expect(notebook.output(number).locator("img")).to_be_visible(timeout=SLOW_MS)
+                notebook.output(number).first.scroll_into_view_if_needed()
+                shoot(page, "watch")
+                notebook.wait_idle()
+            else:
+                notebook.run(number)
+            expect(notebook.cell(number).locator("[data-mime-type='application/vnd.jupyter.error']")).to_have_count(0)
+            if source == "verify.spot_checks(run)":
+                person = signer["verify"]
+                tick(notebook, number, person, people[person]["key"], lambda: len(project.state(lab.run_id).checks))
+            if source.endswith(".sign_off(run)"):
+                if phase == "backup":
+                    notebook.cell(number).scroll_into_view_if_needed()
+                    shoot(page, "gate")
+                    desk.show()
+                    expect(desk.panel.get_by_text("waits for").first).to_be_visible(timeout=SLOW_MS)
+                    shoot(page, "desk")
+                    notebook.show()
+                approve(notebook, number, signer[phase], people[signer[phase]]["key"])
+        notebook.save()
+
+    desk.show()
+    desk.panel.get_by_role("button", name="End and seal").click()
+    record = project.root / "outputs" / "rehearsal" / lab.run_id
+    wait_until(lambda: (record / "statement.json.sig").exists(), "the seal")
+    expect(desk.panel.get_by_text("completed").first).to_be_visible(timeout=SLOW_MS)
+    page.goto((record / "index.html").as_uri())
+    shoot(page, "record")
+    verified = project.runbook("verify", str(record), "--trust", str(record.parent / "allowed_signers"))
+    assert verified.returncode == 0, verified.stdout
+    assert not (record / "attempts").exists()  # nothing was taken headless
+
+
+# What differs between a release that was walked and one that was taken headless; everything else is equal.
+DIFFERS = {
+    "verify.spot_checks": "people tick them in the lab; a headless rehearsal may leave them unrecorded",
+    "verify.watch_telemetry": "what was measured: a busy machine may leave the verdict open",
+    "verify.scan_logs": "what the logs say",
+}
+
+
+def test_apart_from_what_is_listed_its_record_is_that_of_a_headless_run(lab: Lab, project: Project) -> None:
+    walked = shape(project.root / "outputs" / "rehearsal" / lab.run_id)
+    project.runbook("stack", "down")
+    done = project.runbook("rehearse", "--json", timeout=500)
+    assert done.returncode == 0, done.stderr
+    headless = shape(Path(project.last_json(done)["record"]))
+
+    assert walked == headless
+
+
+def shape(record: Path) -> dict[str, Any]:
+    """A record without its names, times, sizes and digests: what a reader finds in which place."""
+    events = [json.loads(line) for line in (record / "ledger.jsonl").read_text().splitlines()]
+    outcomes = [e["data"] for e in events if e["kind"] == "step_outcome"]
+    statement = json.loads((record / "statement.json").read_bytes())
+    files = {p.relative_to(record).as_posix() for p in record.rglob("*") if p.is_file() and "review" not in p.parts}
+    return {
+        "steps": sorted(  # hosts are archived beside one another
+            (
+                o["step"],
+                o["status"],
+                o["result"]["title"],
+                o["result"]["verdict"],
+                [re.sub(r":[0-9]+$", ":PORT", name) for name in sorted(o["result"]["facts"])],
+            )
+            for o in outcomes
+            if o["step"] not in DIFFERS
+        ),
+        "gates": [(e["data"]["gate"], e["data"]["decision"]) for e in events if e["kind"] == "gate_decision"],
+        "checklist": [
+            (row["phase"], row["action"], row["owner"], row["done"] or row["phase"].startswith("Metrics"))
+            for row in json.loads((record / "checklist.json").read_bytes())["rows"]
+        ],
+        "predicate": {k: v for k, v in statement["predicate"].items() if k in ("state", "release", "versions")},
+        "notebooks": {p.name: cards(p) for p in sorted((record / "notebooks").glob("*.ipynb"))},
+        "files": {f for f in files if not f.startswith(("logs/", "decisions/"))},
+    }
+
+
+def cards(notebook: Path) -> list[Any]:
+    """Each code cell's source, with the steps whose card it shows."""
+    cells = [c for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code" and c.source.strip()]
+    found = []
+    for cell in cells:
+        shown = [o.data[MIME] for o in cell.outputs if MIME in o.get("data", {})]
+        source = cell.source if "injected-parameters" not in cell.metadata.get("tags", []) else "parameters"
+        found.append((source, [(p["step"], p["status"]) for card in shown for p in card["parts"]]))
+    return found
