@@ -216,7 +216,10 @@ def finished(run: Run, final: Path) -> StepResult | None:
         return None
     proof = _proof(final, sha256_file(final))
     if not proof.exists():
-        raise StepInDoubtError(f"{final} is there and is not what this run verified", remedy="compare it by hand")
+        raise StepInDoubtError(
+            f"{final} is there and is not what this run verified: until it is moved away nothing is made in its place",
+            remedy="compare it by hand, move it away, then resume",
+        )
     part_of(final).unlink(missing_ok=True)
     note = json.loads(proof.read_bytes())
     for path, content in note["artifacts"].items():

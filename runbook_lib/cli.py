@@ -5,6 +5,7 @@ Heavy parts are imported inside the verbs: a gate door must open in well under a
 
 from __future__ import annotations
 
+import contextlib
 import json as json_module
 import os
 import re
@@ -18,11 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runbook_lib.errors import PausedError, RunbookError, StepFailedError, UsageError
+from runbook_lib.errors import PausedError, RunbookError, StepFailedError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     from runbook_lib.executor import Outcome
+    from runbook_lib.fsck import Stored
     from runbook_lib.ledger import Ledger
+    from runbook_lib.model import Event
     from runbook_lib.params import Params
     from runbook_lib.run import Run
 
@@ -79,8 +82,9 @@ def main() -> None:
 
 
 def _say(text: str) -> None:
-    # What somebody typed may be in it, and it is one line on a terminal all the same.
-    print("".join(c if c.isprintable() else "?" for c in text), file=sys.stderr, flush=True)
+    # What somebody typed may be in it, and it is one line on a terminal all the same. That may be gone by now.
+    with contextlib.suppress(OSError):
+        print("".join(c if c.isprintable() else "?" for c in text), file=sys.stderr, flush=True)
 
 
 def _print_json(value: Any) -> None:
@@ -197,6 +201,8 @@ def _progress(run: Run) -> Iterator[None]:
                 )
             elif event.kind == "gate_decision":
                 console.print(f"   ! gate {data['gate']}: {data['person']} {data['decision']}s", markup=False)
+            elif event.kind == "note":
+                console.print(f"   ! {data['text']}", style="yellow", markup=False)
             elif event.kind in ("rollback_requested", "step_blocked", "gate_timed_out"):
                 console.print(f"   ! {event.kind}: {data}", style="red", markup=False)
 
@@ -216,11 +222,12 @@ def _progress(run: Run) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        tell()
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            tell()
 
 
 def _execute(run: Run, work: Callable[[], Outcome]) -> Outcome:
-    """Let the executor work, with progress; Ctrl-C and SIGTERM end it where it stands."""
+    """Let the executor work, with progress; Ctrl-C, SIGTERM and a terminal that goes away end it where it stands."""
     import signal
 
     from runbook_lib import executor
@@ -235,8 +242,9 @@ def _execute(run: Run, work: Callable[[], Outcome]) -> Outcome:
         if signals != 2:
             raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, asked_to_end)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: it goes on without one
+            signal.signal(number, asked_to_end)
     try:
         with _progress(run):
             return work()
@@ -775,18 +783,23 @@ def fsck(run_id: Annotated[str, typer.Argument(metavar="[RUN]")] = "", json: Jso
     from dataclasses import asdict
 
     from runbook_lib import wiring
-    from runbook_lib.fsck import examine, examine_together
+    from runbook_lib.fsck import Finding, examine, examine_together
+    from runbook_lib.state import fold
 
     found = []
-    for ledger, params in [(wiring.attach(run_id).ledger, None)] if run_id else _ledgers():
+    for ledger, params in [wiring.ledger_with(run_id)] if run_id else _ledgers():
+        states = []
         for name in [run_id] if run_id else ledger.run_ids():
-            events = ledger.unchecked(name)
-            folder = wiring.root() / "outputs" / str(events[0].data.get("environment", "")) / name
-            if params is not None and not folder.exists():
-                _say(f"the folder of {name} is on another machine; to look at it too: runbook fsck {name}")
-            found += examine(events, folder if params is None or folder.exists() else None)
+            try:
+                events = ledger.unchecked(name)
+            except VerificationError as error:
+                found.append(Finding(name, "every event can be read", ok=False, why=error.message))
+                continue
+            found += examine(events, *_folder_to_examine(params, events))
+            with contextlib.suppress(VerificationError):  # found already
+                states.append(fold(events))
         if not run_id:
-            found += examine_together(ledger.runs())
+            found += examine_together(states)
     ok = all(finding.ok for finding in found)
     if json:
         _print_json({"ok": ok, "findings": [asdict(finding) for finding in found]})
@@ -797,6 +810,20 @@ def fsck(run_id: Annotated[str, typer.Argument(metavar="[RUN]")] = "", json: Jso
         if not ok:
             print("next   keep the ledger and the folder as they are, and compare them with the mirror or the record")
     raise typer.Exit(0 if ok else 4)
+
+
+def _folder_to_examine(params: Params | None, events: list[Event]) -> tuple[Path | None, Stored | None]:
+    """A run's folder where it lies, and what the store has of it; nothing is fetched."""
+    from runbook_lib import mirror, wiring
+
+    run_id, outputs = events[0].run_id, wiring.root() / "outputs" / str(events[0].data.get("environment", ""))
+    folder, scratch = outputs / run_id, outputs / ".scratch" / run_id
+    if params is None or not mirror.is_shared(params):
+        return folder, None
+    if not folder.exists():
+        _say(f"the folder of {run_id} is on another machine; runbook status {run_id} brings it here")
+        return None, None
+    return folder, mirror.stored(wiring.draft_of(params).services.store, events, scratch)
 
 
 # --- backups -----------------------------------------------------------------------------------------------------

@@ -26,21 +26,30 @@ class Moment:
         wall_s: seconds since the epoch.
         boot: the kernel's id of the boot; empty when it is not known.
         uptime_s: seconds since that boot, sleep included (CLOCK_BOOTTIME).
+        asleep_s: how many of them the machine slept; None when it is not known.
     """
 
     wall_s: float
     boot: str = ""
     uptime_s: float = 0.0
+    asleep_s: float | None = None
 
     @classmethod
     def now(cls) -> Moment:
         """Read both clocks."""
-        return cls(time.time(), boot_id(), round(time.clock_gettime(time.CLOCK_BOOTTIME), 3))
+        awake_s, uptime_s = (time.clock_gettime(clock) for clock in (time.CLOCK_MONOTONIC, time.CLOCK_BOOTTIME))
+        return cls(time.time(), boot_id(), round(uptime_s, 3), round(uptime_s - awake_s, 3))
 
     @classmethod
     def of(cls, text: str, clock: Mapping[str, Any]) -> Moment:
         """The moment that was written down; an earlier version wrote no `clock`."""
-        return cls(epoch_s(text), str(clock.get("boot", "")), float(clock.get("uptime_s", 0.0)))
+        asleep = clock.get("asleep_s")
+        return cls(
+            epoch_s(text),
+            str(clock.get("boot", "")),
+            float(clock.get("uptime_s", 0.0)),
+            None if asleep is None else float(asleep),
+        )
 
     @property
     def text(self) -> str:
@@ -50,7 +59,7 @@ class Moment:
     @property
     def clock(self) -> dict[str, Any]:
         """What is written beside the text."""
-        return {"boot": self.boot, "uptime_s": self.uptime_s}
+        return {"boot": self.boot, "uptime_s": self.uptime_s, "asleep_s": self.asleep_s}
 
     def since(self, other: Moment) -> float:
         """Seconds from the other moment to this one: by uptime within one boot, else by the wall clock."""
@@ -62,6 +71,13 @@ class Moment:
         """By how many seconds the wall clock was set in between; 0 when it was not, or when nobody can tell."""
         jump = (self.wall_s - other.wall_s) - self.since(other)
         return round(jump, 1) if abs(jump) > JUMP_S else 0.0
+
+    def slept_since(self, other: Moment) -> float:
+        """How many seconds the machine slept in between; 0 when it did not, or when nobody can tell."""
+        if not self.boot or self.boot != other.boot or self.asleep_s is None or other.asleep_s is None:
+            return 0.0
+        slept = self.asleep_s - other.asleep_s
+        return round(slept, 1) if slept > JUMP_S else 0.0
 
 
 def utc_now() -> str:

@@ -1,7 +1,8 @@
 """Signed statements of people: what each says, over what, and how it is checked and kept.
 
 A statement is an in-toto Statement in canonical JSON, signed by the person's own SSH key (`ssh-keygen -Y sign`,
-namespace `runbook-gate`) and kept as `decisions/NAME.json` with its `.sig`.
+namespace `runbook-gate`) and kept as `decisions/NAME.json` with its `.sig`. The event that records it carries both: any
+machine that reads the ledger writes the files again, to the byte, where they are not yet.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def store(run: Run, name: str, data: bytes, signature: bytes) -> dict[str, str]:
     """Keep a statement with its signature; one that is there is never overwritten.
 
     Returns:
-        What the ledger names of it: path and both digests.
+        What the ledger keeps of it: its path, both digests, and both files, which are small.
 
     Raises:
         UsageError: another statement already has this name.
@@ -97,7 +98,35 @@ def store(run: Run, name: str, data: bytes, signature: bytes) -> dict[str, str]:
         "statement": path.relative_to(run.folder).as_posix(),
         "sha256": sha256(data),
         "signature_sha256": sha256(signature),
+        "statement_json": data.decode(),
+        "signature": signature.decode(),
     }
+
+
+def bring(run: Run, recorded: Mapping[str, Any]) -> None:
+    """Write the files of a statement that was recorded on another machine; what is here already stays as it is.
+
+    Nothing happens for an event that carries no statement: of an earlier version, or of another kind. A sealed record
+    is never written to.
+
+    Raises:
+        VerificationError: what the ledger carries is not what it names.
+    """
+    if "statement_json" not in recorded or (run.folder / "statement.json.sig").exists():
+        return
+    path = run.folder / recorded["statement"]
+    for file, text, digest in (
+        (path.with_suffix(".json.sig"), recorded["signature"], recorded["signature_sha256"]),
+        (path, recorded["statement_json"], recorded["sha256"]),
+    ):
+        content = str(text).encode()
+        if sha256(content) != digest or path.parent != run.folder / "decisions":
+            raise VerificationError(
+                f"the ledger carries another {recorded['statement']} than it names",
+                remedy=f"keep it as it is: runbook fsck {run.run_id}",
+            )
+        if not file.exists():
+            write_atomically(file, content)
 
 
 def load(run: Run, recorded: Mapping[str, Any]) -> tuple[dict[str, Any], bytes, bytes]:
@@ -106,6 +135,7 @@ def load(run: Run, recorded: Mapping[str, Any]) -> tuple[dict[str, Any], bytes, 
     Raises:
         VerificationError: a file is gone or changed.
     """
+    bring(run, recorded)
     path = run.folder / recorded["statement"]
     try:
         data, signature = path.read_bytes(), path.with_suffix(".json.sig").read_bytes()

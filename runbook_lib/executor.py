@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import archive, gate, lease, mirror, pinned, walked
+from runbook_lib import archive, decisions, gate, lease, mirror, pinned, walked
 from runbook_lib.adapters import processes
 from runbook_lib.canonical import write_atomically
 from runbook_lib.errors import GateClosedError, PausedError, RunbookError
@@ -51,6 +51,7 @@ def _go(run: Run, *, wait: bool, until: str | None) -> Outcome:
     state = run.state
     if state.rollback is not None:
         return _go_back(run, str(state.rollback["reason"]), cause=int(state.rollback["exit_code"]))
+    mirror.refuse_missing(run)
     _stale_gates(run)
     _refuse_changed(run, *map(name_of, FORWARD))
     kernels = Kernels(run.root, {**lease.handed_down(run), **({gate.WAIT_VARIABLE: "1"} if wait else {})})
@@ -181,9 +182,12 @@ def _seal(run: Run) -> None:
             shutil.rmtree(target, ignore_errors=True)
             shutil.move(inbox, target)
         walked.take(run)
+        events = run.ledger.events(run.run_id)
+        for event in events:
+            decisions.bring(run, event.data)
         archive.seal(
             run.folder,
-            events=run.ledger.events(run.run_id),
+            events=events,
             state=run.state,
             recorder_key=run.secrets.path(run.params.record.key),
             trust=run.trust,

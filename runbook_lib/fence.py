@@ -45,7 +45,9 @@ EOF
 chmod 755 "python-$1.new"
 mv "python-$1.new" "python-$1"
 for old in python-*; do [ "$old" = "python-$1" ] || rm -f "$old"; done
-printf '%s\\n' "$1" > epoch.new && mv epoch.new epoch
+# On disk before anything rests on it, also over a loss of power; an old `sync` knows no files.
+printf '%s\\n' "$1" > epoch.new && { sync epoch.new 2> /dev/null || sync; }
+mv epoch.new epoch && { sync . 2> /dev/null || sync; }
 """
 _STALE, _AT_WORK = 97, 75
 _WAIT_S = 30.0

@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from runbook_lib.canonical import sha256_file
-from runbook_lib.errors import VerificationError
+from runbook_lib.canonical import canonical_json, sha256_file
+from runbook_lib.errors import StepFailedError, UsageError, VerificationError
 from runbook_lib.ledger import check_chain
 from runbook_lib.model import Event
-from runbook_lib.state import RunState
+from runbook_lib.state import RunState, fold
 from runbook_lib.verify_decisions import BEHIND, SIGN_OFF
 
 _STEP_ENDS = ("step_outcome", "step_reset", "step_blocked")
+_OPEN = ("intent", "blocked", "failed")
 _LEASES = ("lease_taken", "takeover_begun")
 
 
@@ -61,32 +62,44 @@ class _Story:
     rejected: set[tuple[str, int]] = field(default_factory=set)  # gate and round
     rounds: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     epoch: int = 0
+    ended: str = ""
 
 
-def examine(events: Sequence[Event], folder: Path | None) -> list[Finding]:
+class Stored(Protocol):
+    """Tells whether the store holds a content that is not in the folder, or not there as it should be."""
+
+    def __call__(self, digest: str, *, here: bool) -> bool:
+        """`here`: something else is in the folder under its name."""
+
+
+def examine(events: Sequence[Event], folder: Path | None, stored: Stored | None = None) -> list[Finding]:
     """Check a run's invariants.
 
     Args:
         events: all of its events, oldest first, the chain not checked yet.
         folder: the run's folder; None when it is not on this machine, and its files are not looked at.
+        stored: of a run that other machines go on with; None when everything must be in the folder.
     """
     run_id = events[0].run_id
     checks: list[tuple[str, Callable[[], None]]] = [
+        ("every event can be read", lambda: _fold(events)),
         ("the chain is unbroken", lambda: _chain(events)),
         ("an intent before each effect, one live attempt a step", lambda: _told(events, _step_order)),
         ("green once per step and input", lambda: _told(events, _green_once)),
         ("every intent behind its gates", lambda: _told(events, _gates_first)),
         ("epochs never fall", lambda: _told(events, _epochs)),
+        ("nothing is left open at the end, and nothing begins after it", lambda: _told(events, _over)),
     ]
     if folder is not None:
-        checks.append(("every artifact is there with its digest", lambda: _artifacts(events, folder)))
+        checks.append(("every artifact is there with its digest", lambda: _artifacts(events, folder, stored)))
+        checks.append(("the ledger holds what was sealed", lambda: _sealed(events, folder)))
     findings = []
     for invariant, check in checks:
         try:
             check()
         except _BrokenError as error:
             findings.append(Finding(run_id, invariant, ok=False, where=error.where, why=error.why))
-        except VerificationError as error:
+        except (VerificationError, StepFailedError, UsageError) as error:  # the store may say nothing
             findings.append(Finding(run_id, invariant, ok=False, why=error.message))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             findings.append(Finding(run_id, invariant, ok=False, why=f"an event cannot be read: {error!r}"))
@@ -107,6 +120,10 @@ def examine_together(states: Iterable[RunState]) -> list[Finding]:
         why = "" if len(holders) < 2 else f"held by {', '.join(holders)}"
         findings.append(Finding("", f"one live run in {environment}", ok=not why, where=environment, why=why))
     return findings
+
+
+def _fold(events: Sequence[Event]) -> None:
+    fold(events)
 
 
 def _chain(events: Sequence[Event]) -> None:
@@ -136,6 +153,8 @@ def _told(events: Sequence[Event], check: Callable[[_Story, Event], None]) -> No
             story.approvals[data["sha256"]] = (data["gate"], data["round"], data["person"])
         elif event.kind == "gate_decision":
             story.rejected.add((data["gate"], data["round"]))
+        elif event.kind == "run_ended":
+            story.ended = data["state"]
         story.epoch = max(story.epoch, data.get("epoch", 0))
 
 
@@ -200,28 +219,48 @@ def _epochs(story: _Story, event: Event) -> None:
         raise _BrokenError(event, f"epoch {epoch} that no executor was given")
     if epoch == story.epoch and event.kind in _LEASES:
         raise _BrokenError(event, f"epoch {epoch} was given twice")
+    # Of an earlier version no event has an epoch.
+    if event.kind == "step_intent" and event.data.get("epoch") == 0:
+        raise _BrokenError(event, f"{event.data['step']} starts, and nobody has ever had the run's lease")
 
 
-def _artifacts(events: Sequence[Event], folder: Path) -> None:
+def _over(story: _Story, event: Event) -> None:
+    data = event.data
+    if event.kind == "run_ended":
+        if story.ended:
+            raise _BrokenError(event, f"the run had ended before: {story.ended}")
+        left = [f"{step} is {known.last}" for step, known in story.attempts.items() if known.last in _OPEN]
+        # A run that went back, or was given up, ends with what it could not settle.
+        if data["state"] == "completed" and left:
+            raise _BrokenError(event, f"the run is completed while {', '.join(left)}")
+    elif event.kind == "step_intent" and story.ended and data["step"].partition(".")[0] != "review":
+        raise _BrokenError(event, f"{data['step']} starts after the run has ended: {story.ended}")
+
+
+def _artifacts(events: Sequence[Event], folder: Path, stored: Stored | None) -> None:
     """The newest mention of a path counts: a later attempt, or a later round, writes it anew."""
     named: dict[str, tuple[str, Event]] = {}
     for event in events:
-        for path, digest in _named_in(event):
+        for path, digest in event.files:
             named[path] = (digest, event)
     for path, (digest, event) in sorted(named.items()):
         file = folder / path
-        if not file.is_file():
-            raise _BrokenError(event, f"{path} is not there")
-        if sha256_file(file) != digest:
-            raise _BrokenError(event, f"{path} is not what the event names")
+        here = file.is_file()
+        if here and sha256_file(file) == digest:
+            continue
+        # What the ledger carries itself is written from it as soon as somebody goes on with the run.
+        carried = "statement_json" in event.data and not (folder / "statement.json.sig").exists()
+        if (carried and not here) or (stored is not None and stored(digest, here=here)):
+            continue
+        raise _BrokenError(event, f"{path} is not what the event names" if here else f"{path} is not there")
 
 
-def _named_in(event: Event) -> list[tuple[str, str]]:
-    data = event.data
-    found = [(a["path"], a["sha256"]) for a in data.get("result", {}).get("artifacts", [])]
-    found += [(data[key]["path"], data[key]["sha256"]) for key in ("artifact", "evidence") if key in data]
-    if "statement" in data and "signature_sha256" in data:
-        found += [(data["statement"], data["sha256"]), (data["statement"] + ".sig", data["signature_sha256"])]
-    if event.kind == "run_opened" and "params_sha256" in data:
-        found.append(("params.json", data["params_sha256"]))
-    return found
+def _sealed(events: Sequence[Event], folder: Path) -> None:
+    """A ledger goes on behind what was sealed of it, and never loses its end."""
+    files = [folder / "ledger.jsonl", folder / "review" / "ledger.jsonl"]
+    lines = [line for file in files if file.is_file() for line in file.read_bytes().splitlines()]
+    for number, line in enumerate(lines, 1):
+        if number > len(events):
+            raise VerificationError(f"the ledger ends with event {len(events)}, sealed are {len(lines)}")
+        if line != canonical_json(events[number - 1].as_json()):
+            raise _BrokenError(events[number - 1], "it is not what was sealed")

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import decisions
+from runbook_lib import decisions, mirror
 from runbook_lib.canonical import canonical_json, digest, sha256, sha256_file, write_atomically
 from runbook_lib.clock import Moment
 from runbook_lib.errors import (
@@ -124,6 +124,7 @@ def evidence(run: Run, name: str) -> dict[str, Any]:
             cards.append({**body, "sha256": digest(body)})
     if name == "release":
         for check, data in sorted(state.checks.items()):
+            decisions.bring(run, data)
             cards.append(
                 {
                     "name": f"Spot check: {check}",
@@ -148,6 +149,7 @@ def open_round(run: Run, name: str) -> GateState:
     content = canonical_json(evidence(run, name))
     now = run.state.gate(name)
     if now.round and not now.timed_out and now.evidence_sha256 == sha256(content):
+        _write_again(run, name, now, content)
         return now
     number = now.round + 1
 
@@ -156,6 +158,7 @@ def open_round(run: Run, name: str) -> GateState:
             raise _SaidAlreadyError  # by somebody who looked at the same moment
 
     artifact = run.keep(f"gates/{name}-{number}.json", content)
+    mirror.put(run, run.folder / artifact.path)
     gate = rule(run, name)
     opened = time.time()
     words = {
@@ -175,11 +178,26 @@ def open_round(run: Run, name: str) -> GateState:
 
 def cards(run: Run, name: str) -> list[dict[str, Any]]:
     """The evidence of the newest round, whole, as it was written when the round was opened."""
-    number = run.state.gate(name).round
-    if not number:
+    now = run.state.gate(name)
+    if not now.round:
         return []
-    written = (run.folder / f"artifacts/gates/{name}-{number}.json").read_bytes()
-    return list(json.loads(written)["cards"])
+    path = run.folder / f"artifacts/gates/{name}-{now.round}.json"
+    if not path.exists():
+        _write_again(run, name, now, canonical_json(evidence(run, name)))
+    try:
+        return list(json.loads(path.read_bytes())["cards"])
+    except FileNotFoundError:
+        raise PausedError(
+            f"the evidence of gate {name}, round {now.round}, was written on another machine and is not here",
+            remedy=f"when the store answers again: runbook gate show {run.run_id} {name}",
+        ) from None
+
+
+def _write_again(run: Run, name: str, now: GateState, content: bytes) -> None:
+    """Another machine opened the round: while the evidence is the same, its file is too."""
+    path = run.folder / f"artifacts/gates/{name}-{now.round}.json"
+    if not path.exists() and sha256(content) == now.evidence_sha256 and not run.state.ended:
+        write_atomically(path, content)
 
 
 def show(run: Run, name: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from runbook_lib.adapters import processes
 from runbook_lib.cell import HEADLESS_VARIABLE
 from runbook_lib.errors import StepFailedError
 
@@ -87,7 +88,7 @@ class Pulse:
 
     def __init__(self, manager: Any) -> None:
         self._process = manager.provisioner.process
-        self._killed_before = _out_of_memory_kills()
+        self._killed_before = processes.out_of_memory_kills()
         self._hung = False
         self._stop = threading.Event()
         self._client = manager.client()
@@ -118,20 +119,8 @@ class Pulse:
         code = self._process.poll()
         if self._hung:
             return f"was silent for {_SILENT_S:g} s and was ended"
-        if code == -signal.SIGKILL and _out_of_memory_kills() > self._killed_before:
+        if code == -signal.SIGKILL and processes.out_of_memory_kills() > self._killed_before:
             return "was ended by the machine: out of memory"
         if code is not None and code < 0:
             return f"was killed by {signal.Signals(-code).name}"
         return "died"
-
-
-def _out_of_memory_kills() -> int:
-    """How often this machine, or this container, ended a process for want of memory."""
-    for file in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
-        try:
-            words = Path(file).read_text().split()
-        except OSError:
-            continue
-        if "oom_kill" in words:
-            return int(words[words.index("oom_kill") + 1])
-    return 0

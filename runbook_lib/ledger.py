@@ -121,8 +121,8 @@ class Ledger:
     def _guarded(self) -> Iterator[None]:
         try:
             yield
-        except sa.exc.DBAPIError as error:
-            said = " ".join(str(error.orig).split())
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+            said = " ".join(str(getattr(error, "orig", error)).split())
             raise LedgerUnavailableError(
                 f"the ledger {sa.make_url(self.url).render_as_string()} cannot be used: {said}",
                 remedy="look at its disk, its server and its locks, then: runbook resume RUN",
@@ -329,8 +329,10 @@ class Ledger:
         of_run = sa.select(_events).where(_events.c.run_id == run_id, _events.c.seq > after)
         rows = connection.execute(of_run.order_by(_events.c.seq))
         try:
+            # A JSON object, whatever else could be read.
             events = [
-                Event(row.run_id, row.seq, row.time, row.kind, json.loads(row.data), row.prev, row.hash) for row in rows
+                Event(row.run_id, row.seq, row.time, row.kind, {**json.loads(row.data)}, row.prev, row.hash)
+                for row in rows
             ]
         except (ValueError, TypeError) as error:
             raise VerificationError(

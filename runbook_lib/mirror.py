@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from runbook_lib.adapters import processes
 from runbook_lib.canonical import canonical_json, sha256, sha256_file, write_atomically
-from runbook_lib.errors import UnavailableError, VerificationError
+from runbook_lib.errors import PausedError, StepFailedError, UsageError, VerificationError
 from runbook_lib.model import Event, Status
 from runbook_lib.params import Params
 from runbook_lib.ports import ObjectStore
 from runbook_lib.run import Run
+from runbook_lib.state import fold
 
 EVENT = "folder_mirrored"
 # A lock and a pid mean nothing elsewhere, and half-written files mean nothing at all.
@@ -34,7 +36,7 @@ def is_shared(params: Params) -> bool:
 def push(run: Run) -> None:
     """Bring the store up to the folder as it is; nothing for a ledger of this machine alone.
 
-    A store that does not answer stops no release: the ledger notes it, and the next push makes up for it.
+    A store that does not answer, or lets nobody in, stops no release: the ledger notes it, and the next push makes up for it.
     """
     if not is_shared(run.params):
         return
@@ -63,8 +65,22 @@ def _push(run: Run) -> None:
             _put(run, file, known)
             run.ledger.append(run.run_id, EVENT, {"sha256": digest, "files": len(files)})
         _write_note(run.scratch, digest, known)
-    except UnavailableError as error:
+    except (StepFailedError, UsageError) as error:  # also a token that has ended, or a bucket that is gone
         run.ledger.append(run.run_id, "note", {"text": f"the folder was not mirrored: {error.message}"[:1000]})
+
+
+def put(run: Run, path: Path) -> None:
+    """Store one file of the folder by its digest, before an event names it; `fetch` finds it without a list.
+
+    For what is written by who holds no lease. Nothing for a ledger of this machine alone.
+    """
+    if not is_shared(run.params):
+        return
+    try:
+        digest = sha256_file(path)
+        run.services.store.put(path, _key(run.run_id, digest), sha256=digest)
+    except (StepFailedError, UsageError) as error:
+        run.ledger.append(run.run_id, "note", {"text": f"{path.name} was not mirrored: {error.message}"[:1000]})
 
 
 def newest(events: Sequence[Event]) -> str | None:
@@ -75,7 +91,8 @@ def newest(events: Sequence[Event]) -> str | None:
 def fetch(store: ObjectStore, events: Sequence[Event], folder: Path, scratch: Path) -> None:
     """Bring a run's folder here as the ledger names it, or bring up to date what another machine left behind.
 
-    A file appears whole or not at all, `params.json` last; what only this machine has stays.
+    A file appears whole or not at all, `params.json` last; what only this machine has stays. When this machine was the
+    last at the folder, only what an event names is looked at, and nothing is written over while a step is at work.
 
     Raises:
         VerificationError: the ledger names no folder, or what the store holds is not what it names.
@@ -86,23 +103,78 @@ def fetch(store: ObjectStore, events: Sequence[Event], folder: Path, scratch: Pa
         raise VerificationError(
             "the ledger names no copy of the run's folder", remedy="resume on the machine that has it"
         )
-    note = _read_note(scratch)
-    if note["list"] == listed and (folder / "params.json").exists():
-        return
-    run_id = events[0].run_id
+    run_id, note = events[0].run_id, _read_note(scratch)
     scratch.mkdir(parents=True, exist_ok=True)
-    coming = scratch / "mirror-coming"
-    files: Mapping[str, str] = json.loads(_get(store, run_id, listed, coming).read_bytes())["files"]
-    for name in sorted(files, key=lambda name: name == "params.json"):
+    files = _listing(store, run_id, listed, scratch)
+    named = {path: digest for path, (digest, _) in _named(events).items()}
+    ours = note["list"] == listed and (folder / "params.json").exists()
+    at_work, coming = _at_work(events, folder), scratch / "mirror-coming"
+    for name, wanted in sorted({**files, **named}.items(), key=lambda item: item[0] == "params.json"):
         target = folder / name
         if not target.resolve().is_relative_to(folder.resolve()):
             raise VerificationError(f"the mirror's list names {name!r}, which is outside of the run's folder")
-        if not target.is_file() or sha256_file(target) != files[name]:
-            _get(store, run_id, files[name], coming)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(target, coming.read_bytes())
-    coming.unlink()
+        there = target.is_file()
+        if there and ours and (name not in named or at_work):
+            continue
+        if there and sha256_file(target) == wanted:
+            continue
+        if files.get(name) == wanted:
+            _get(store, run_id, wanted, coming)
+        elif not _got(store, run_id, wanted, coming):
+            continue  # its executor has not stored it yet: `refuse_missing` says so to who needs it
+        write_atomically(target, coming.read_bytes())
+    coming.unlink(missing_ok=True)
     _write_note(scratch, listed, {*note["known"], *files.values(), listed})
+
+
+def stored(store: ObjectStore, events: Sequence[Event], scratch: Path) -> Callable[..., bool]:
+    """Tells whether the store holds a content that this machine lacks, or has an older one of: see `fsck.Stored`."""
+    run_id = events[0].run_id
+    behind = _read_note(scratch)["list"] != newest(events)
+
+    def holds(digest: str, *, here: bool) -> bool:
+        return (behind or not here) and store.find(_key(run_id, digest)) is not None
+
+    return holds
+
+
+def refuse_missing(run: Run) -> None:
+    """See that what the ledger names is here before anything rests on it; nothing for a ledger of this machine alone.
+
+    Raises:
+        PausedError: a file of a green step, or the evidence of a gate, is not.
+    """
+    if not is_shared(run.params):
+        return
+    for path, (_, event) in _named(run.ledger.events(run.run_id)).items():
+        if event.data.get("status") != "failed" and not (run.folder / path).is_file():
+            raise PausedError(
+                f"{path}, which event {event.seq} names, is neither here nor in the store",
+                remedy=f"runbook resume {run.run_id} on the machine that has it; if that one is lost: "
+                f"runbook rollback {run.run_id}",
+            )
+
+
+def _named(events: Sequence[Event]) -> dict[str, tuple[str, Event]]:
+    """What events name, the newest mention of each path; statements come with the ledger itself."""
+    return {
+        path: (digest, event) for event in events if "statement_json" not in event.data for path, digest in event.files
+    }
+
+
+def _at_work(events: Sequence[Event], folder: Path) -> bool:
+    """True when a file here may be newer than the event that names it, or must not be written to any more."""
+    state = fold(events)
+    running = any(step.status is Status.RUNNING for step in state.steps.values())
+    executing = state.executor is not None and processes.alive(state.executor)
+    return running or executing or (folder / "statement.json.sig").exists()
+
+
+def _listing(store: ObjectStore, run_id: str, listed: str, scratch: Path) -> Mapping[str, str]:
+    file = scratch / "mirror-list.json"
+    if not file.is_file() or sha256_file(file) != listed:
+        _get(store, run_id, listed, file)
+    return dict(json.loads(file.read_bytes())["files"])
 
 
 def _put(run: Run, path: Path, known: set[str]) -> str:
@@ -121,6 +193,17 @@ def _get(store: ObjectStore, run_id: str, digest: str, target: Path) -> Path:
     if sha256_file(target) != digest:
         raise VerificationError(f"{_key(run_id, digest)} came back as something else", remedy="look at the store")
     return target
+
+
+def _got(store: ObjectStore, run_id: str, digest: str, target: Path) -> bool:
+    """Get what no list names yet, if it is there and the store answers."""
+    try:
+        if store.find(_key(run_id, digest)) is None:
+            return False
+        _get(store, run_id, digest, target)
+    except StepFailedError:
+        return False
+    return True
 
 
 def _key(run_id: str, digest: str) -> str:

@@ -151,6 +151,18 @@ class Event:
         """When it was written, by both clocks."""
         return Moment.of(self.time, self.data.get("clock", {}))
 
+    @property
+    def files(self) -> list[tuple[str, str]]:
+        """The files in the run's folder that it names, each with its SHA-256."""
+        data = self.data
+        found = [(a["path"], a["sha256"]) for a in data.get("result", {}).get("artifacts", [])]
+        found += [(data[key]["path"], data[key]["sha256"]) for key in ("artifact", "evidence") if key in data]
+        if "statement" in data and "signature_sha256" in data:
+            found += [(data["statement"], data["sha256"]), (data["statement"] + ".sig", data["signature_sha256"])]
+        if self.kind == "run_opened" and "params_sha256" in data:
+            found.append(("params.json", data["params_sha256"]))
+        return found
+
     def body(self) -> dict[str, Any]:
         """What the hash is taken over."""
         return {

@@ -114,7 +114,7 @@ def _outcome(state: RunState, events: Sequence[Event]) -> str:
         if event.kind == "run_ended":
             rest = {key: value for key, value in event.data.items() if key not in ("state", "epoch", "clock")}
             parts += [f"<p>{text(key.replace('_', ' '))}: {text(shown(value))}</p>" for key, value in rest.items()]
-    parts += [f"<p>{text(said)}</p>" for said in clock_jumps(state)]
+    parts += [f"<p>The clock {text(said)}</p>" for said in clock_jumps(state)]
     return _card("outcome", "How it ended", "".join(parts)) if parts else ""
 
 

@@ -260,7 +260,7 @@ def _doubt(key: str, step: StepState) -> list[str]:
     return [
         f"  ? {key}: {_one_line(step.error) or 'blocked'}",
         f"      known    attempt {step.attempt} on {intent.get('target', '?')} was begun {step.intent_time} by process "
-        f"{process.get('pid', '?')} on {process.get('host', '?')}, which is gone",
+        f"{process.get('pid', '?')} on {process.get('host', '?')}, which is gone or shut out",
         *([f"      before   {_one_line(before)}"] if before else []),
         f"      logs     {intent.get('children', 'none')}/ in the run's folder",
         "      unknown  whether its effect is there, wholly or in part",
@@ -268,8 +268,11 @@ def _doubt(key: str, step: StepState) -> list[str]:
 
 
 def clock_jumps(state: RunState) -> list[str]:
-    """Where somebody set the wall clock while the run was on: times before and after do not compare."""
-    return [f"was set by {jump:+.1f} s before event {seq}; it decided nothing" for seq, jump in state.clock_jumps]
+    """Where somebody set the wall clock while the run was on (times before and after do not compare), or it slept."""
+    return [
+        *(f"was set by {jump:+.1f} s before event {seq}; it decided nothing" for seq, jump in state.clock_jumps),
+        *(f"went on: the machine slept for {seconds(slept)} before event {seq}" for seq, slept in state.sleeps),
+    ]
 
 
 def _step_mark(step: StepState) -> str:
@@ -293,7 +296,7 @@ def next_move(state: RunState, gate: str | None) -> str:
         return after or "nothing: the run has ended and was reviewed"
     blocked, failed = in_doubt(state), failing(state)
     if blocked:
-        return f"look at the target of {blocked[0]}, then: runbook resolve {run} {blocked[0]} --done | --not-done --as PERSON --key FILE --comment TEXT"
+        return f"look at the target of {blocked[0]}, then: runbook resolve {run} {blocked[0]} --done | --not-done --as PERSON --key FILE --comment WHAT_YOU_SAW"
     if state.rejected_gate:
         return f"gate {state.rejected_gate} was rejected: runbook rollback {run}, or runbook abort {run} --reason TEXT"
     if failed and state.rollback is None:

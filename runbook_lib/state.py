@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runbook_lib.clock import Moment
+from runbook_lib.errors import VerificationError
 from runbook_lib.model import Event, Status, StepResult
 
 ENDED = ("completed", "rolled_back", "aborted")
@@ -53,6 +54,7 @@ class RunState:
         fenced_below: executors with a lower epoch can do nothing any more, at no target.
         moment: of the newest event.
         clock_jumps: before which event the wall clock was set, and by how many seconds.
+        sleeps: before which event the machine that wrote it slept, and for how many seconds.
     """
 
     run_id: str = ""
@@ -75,6 +77,7 @@ class RunState:
     plan_digest: str = ""
     moment: Moment | None = None
     clock_jumps: tuple[tuple[int, float], ...] = ()
+    sleeps: tuple[tuple[int, float], ...] = ()
 
     def step(self, key: str) -> StepState:
         """One step's state; pending when nothing was written of it."""
@@ -117,13 +120,26 @@ def fold(events: Iterable[Event], onto: RunState | None = None) -> RunState:
     Args:
         events: what happened.
         onto: where the run stood before the first of them; None means that it is the run's first.
+
+    Raises:
+        VerificationError: an event lacks what its kind has: it was not written by this program.
     """
     state = onto or RunState()
     for event in events:
-        now = event.moment
-        jump = now.jump_since(state.moment) if state.moment is not None else 0.0
-        jumps = (*state.clock_jumps, (event.seq, jump)) if jump else state.clock_jumps
-        state = replace(_apply(state, event), head=event.hash, seq=event.seq, moment=now, clock_jumps=jumps)
+        try:
+            now = event.moment
+            jump = now.jump_since(state.moment) if state.moment is not None else 0.0
+            slept = now.slept_since(state.moment) if state.moment is not None else 0.0
+            jumps = (*state.clock_jumps, (event.seq, jump)) if jump else state.clock_jumps
+            sleeps = (*state.sleeps, (event.seq, slept)) if slept else state.sleeps
+            state = replace(
+                _apply(state, event), head=event.hash, seq=event.seq, moment=now, clock_jumps=jumps, sleeps=sleeps
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise VerificationError(
+                f"event {event.seq} ({event.kind}) of run {event.run_id} cannot be read: {error!r}",
+                remedy=f"keep the ledger as it is; runbook fsck {event.run_id}",
+            ) from error
     return state
 
 

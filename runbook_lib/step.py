@@ -360,7 +360,8 @@ class Step:
 def _blocked(run: Run, key: str, why: str) -> StepInDoubtError:
     return StepInDoubtError(
         f"{key} was started and never finished: {why}",
-        remedy=f"look at its target, then: runbook resolve {run.run_id} {key} --done | --not-done --as PERSON --key FILE",
+        remedy=f"look at its target, then: runbook resolve {run.run_id} {key} --done | --not-done --as PERSON --key FILE "
+        "--comment WHAT_YOU_SAW",
     )
 
 

@@ -91,17 +91,34 @@ class _SaidAlreadyError(Exception):
     """This is the check's last word already."""
 
 
+# Who decides at the gate behind a phase also knows whether a step of it happened; elsewhere, who decides at any gate.
+_DECIDED_AT = {
+    "prepare": "backup",
+    "backup": "backup",
+    "begin": "migration",
+    "migrate": "migration",
+    "deploy": "release",
+    "verify": "release",
+}
+
+
 def resolve(run: Run, step: str, *, done: bool, comment: str, person: str, key: Path) -> dict[str, Any]:
     """Settle a blocked step: done makes it green, not done lets it start again.
 
+    As at a gate, whoever opened the run does not settle its steps.
+
     Raises:
-        UsageError: the step is not blocked, or the person holds no role.
+        UsageError: the step is not blocked, the person may not, or nobody can sign for what it should have recorded.
     """
     now = run.state.step(step)
     if now.status is not Status.BLOCKED:
         raise UsageError(f"refused: {step} is {now.status.value}, not blocked", remedy=f"runbook status {run.run_id}")
-    if not decisions.person_of(run, person).roles:
-        raise UsageError(f"refused: {person} holds no role", remedy="ask somebody who does")
+    _may_settle(run, step, person)
+    if done and (step.startswith("backup.") or step == "migrate.record_schema"):
+        raise UsageError(
+            f"refused: {step} cannot be settled as done: later steps rest on what it recorded",
+            remedy="move away what stands where its result should be, then the same with --not-done: it is made again",
+        )
     said = {
         "run": run.run_id,
         "step": step,
@@ -137,3 +154,19 @@ def resolve(run: Run, step: str, *, done: bool, comment: str, person: str, key: 
         reset = {"step": step, "attempt": now.attempt, "why": f"not done, says {person}: {comment}", **kept}
         run.ledger.append(run.run_id, "step_reset", reset, guard=still_blocked)
     return {"step": step, "done": done, **facts}
+
+
+def _may_settle(run: Run, step: str, person: str) -> None:
+    who, gates = decisions.person_of(run, person), run.params.gates
+    gate = _DECIDED_AT.get(step.partition(".")[0])
+    asked = [getattr(gates, gate)] if gate is not None else [gates.backup, gates.migration, gates.release]
+    roles = sorted({role for gate in asked for role in gate.roles})
+    if not set(who.roles) & set(roles):
+        raise UsageError(
+            f"refused: {person} holds {', '.join(who.roles) or 'no role'}; {step} is settled by {' or '.join(roles)}",
+            remedy="ask them",
+        )
+    if person == run.state.opened["opened_by"]:
+        raise UsageError(
+            f"refused: {person} opened this run and does not settle its steps", remedy="ask somebody else of that role"
+        )

@@ -109,6 +109,9 @@ class Decisions:
         recorded = event.data
         if (recorded["sha256"], recorded["signature_sha256"]) != (sha256(data), sha256(signature)):
             raise VerificationError(f"it is not what event {event.seq} recorded")
+        carried = (recorded.get("statement_json", data.decode()), recorded.get("signature", signature.decode()))
+        if carried != (data.decode(), signature.decode()):
+            raise VerificationError(f"event {event.seq} carries another statement than it names")
         for key in ("person", "decision", "comment", "check", "passed", "note", "gate", "round", "step", "attempt"):
             if key in recorded and recorded[key] != said.get(key):
                 raise VerificationError(

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import gate, lease, mirror, preflight, signatures
+from runbook_lib import decisions, gate, lease, mirror, preflight, signatures
 from runbook_lib import params as params_module
 from runbook_lib.adapters import http
 from runbook_lib.adapters.balancer import HttpBalancer
@@ -219,6 +219,8 @@ def attach(run_id: str) -> Run:
         _write_trust(params, Secrets())
     if mirror.is_shared(params) and ledger.epoch is None and mirror.newest(events := ledger.events(run_id)):
         mirror.fetch(run.services.store, events, run.folder, run.scratch)  # another machine may have been at it
+    for event in ledger.events(run_id):
+        decisions.bring(run, event.data)
     return run
 
 
@@ -245,26 +247,53 @@ def known_ledgers(silent: list[str]) -> Iterator[tuple[Ledger, Params | None]]:
             silent.append(f"{params.environment}: {error.message}")
 
 
-def _fetched(run_id: str) -> Path:
-    """The params.json of a run that another machine began, its folder brought here first.
+def ledger_with(run_id: str) -> tuple[Ledger, Params | None]:
+    """The ledger that knows a run, and params that name that ledger; the run itself is not looked at.
 
     Raises:
-        UsageError: no params file names a shared ledger that knows the run.
+        UsageError: there is no such run.
+        LedgerUnavailableError: a ledger that may know it does not answer.
     """
+    if not _RUN_ID.fullmatch(run_id):
+        raise UsageError(f"{run_id[:80]!r} is no run id", remedy="runbook list")
     silent: list[str] = []
-    for ledger, params in known_ledgers(silent):
-        if params is not None and mirror.is_shared(params) and run_id in ledger.run_ids(params.environment):
-            folder = root() / "outputs" / params.environment / run_id
-            scratch = root() / "outputs" / params.environment / ".scratch" / run_id
-            store = _services(params, Secrets(), scratch, folder).store
-            mirror.fetch(store, ledger.events(run_id), folder, scratch)
-            return folder / "params.json"
+    for ledger, params in (*_own_ledger(run_id), *known_ledgers(silent)):
+        if ledger.seq(run_id):
+            return ledger, params
     if silent:
         raise LedgerUnavailableError(
             f"run {run_id} is not here, and a ledger that may know it does not answer: {'; '.join(silent)}",
             remedy="mend that, then the same again",
         )
     raise UsageError(f"there is no run {run_id}", remedy="runbook list")
+
+
+def _own_ledger(run_id: str) -> list[tuple[Ledger, Params | None]]:
+    """The ledger that the run's own params name: the params files may name another one by now."""
+    found = next((root() / "outputs").glob(f"*/{run_id}/params.json"), None)
+    if found is None:
+        return []
+    try:
+        params = params_module.check(json.loads(found.read_bytes()), where=f"{run_id}/params.json")
+    except (UsageError, ValueError):  # whoever needs them says what is wrong with them
+        return []
+    return [(ledger_of(params), params)]
+
+
+def _fetched(run_id: str) -> Path:
+    """The params.json of a run that another machine began, its folder brought here first.
+
+    Raises:
+        UsageError: no params file names a shared ledger that knows the run.
+    """
+    ledger, params = ledger_with(run_id)
+    if params is None or not mirror.is_shared(params):
+        raise UsageError(f"there is no run {run_id}", remedy="runbook list")
+    folder = root() / "outputs" / params.environment / run_id
+    scratch = root() / "outputs" / params.environment / ".scratch" / run_id
+    store = _services(params, Secrets(), scratch, folder).store
+    mirror.fetch(store, ledger.events(run_id), folder, scratch)
+    return folder / "params.json"
 
 
 def open_run(environment: str = "rehearsal", version: str = "", run_id: str = "") -> Run:

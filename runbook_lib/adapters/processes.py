@@ -38,6 +38,10 @@ exit $status
 """
 
 
+# The kernel gives its first pid namespace, the one outside of all containers, this number on every machine.
+_INITIAL_PIDS = "pid:[4026531836]"
+
+
 def start_time(pid: int) -> int | None:
     """The process's start in clock ticks since boot; None when it is gone or only a zombie."""
     try:
@@ -71,10 +75,14 @@ def of(pid: int) -> dict[str, Any]:
 def is_here(process: Mapping[str, Any]) -> bool:
     """True when this machine can tell whether that process still runs."""
     here = _machine()
+    pids = process.get("pids", here["pids"])
     if process["host"] != here["host"] or process.get("machine", here["machine"]) != here["machine"]:
         return False
-    # Of an earlier boot nothing is left; a container's processes are only seen from inside of it.
-    return bool(process["boot"] != boot_id() or process.get("pids", here["pids"]) == here["pids"])
+    if process["boot"] == boot_id():
+        return bool(pids == here["pids"])  # a container's processes are only seen from inside of it
+    # Of an earlier boot nothing is left, but another machine of the same name has another boot too. An image's
+    # machine-id is that of all its containers: it names one machine only where it is set and outside of them.
+    return bool(here["machine"]) and pids == here["pids"] == _INITIAL_PIDS
 
 
 def alive(process: Mapping[str, Any]) -> bool:
@@ -197,3 +205,18 @@ def _wait_group(pgid: int, deadline: float, record: Path) -> None:
         if time.monotonic() > deadline:
             raise StepInDoubtError(f"its command (pids {members}, {record.stem}) still runs", remedy="wait, or end it")
         time.sleep(0.1)
+
+
+_OUT_OF_MEMORY_COUNTERS = ("/sys/fs/cgroup/memory.events", "/proc/vmstat")
+
+
+def out_of_memory_kills() -> int:
+    """How often this machine, or this container, ended a process for want of memory."""
+    for file in _OUT_OF_MEMORY_COUNTERS:
+        try:
+            words = Path(file).read_text().split()
+        except OSError:
+            continue
+        if "oom_kill" in words:
+            return int(words[words.index("oom_kill") + 1])
+    return 0

@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -13,10 +14,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runbook_lib.adapters.processes import WRAPPER, end_group
+from runbook_lib.adapters.processes import WRAPPER, end_group, out_of_memory_kills
 from runbook_lib.adapters.secrets import Secrets
 from runbook_lib.errors import StepFailedError, UnavailableError, UsageError
 from runbook_lib.model import Command, Completed
+
+_KILLED = 128 + signal.SIGKILL  # as a shell says it
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class LocalShell:
             raise UsageError(
                 f"{command.argv[0]} is not installed on this machine", remedy="runbook doctor ENV names what is missing"
             )
-        started = time.monotonic()
+        started, killed_before = time.monotonic(), out_of_memory_kills()
         with ExitStack() as stack:
             out = stack.enter_context(log.open("wb"))
             stdout = stack.enter_context(command.stdout.open("wb")) if command.stdout else out
@@ -82,8 +85,15 @@ class LocalShell:
         done = Completed(command.argv, exit_code, log, time.monotonic() - started)
         if exit_code not in command.ok_exits:
             last = done.tail(3).strip().replace("\n", " | ") or "it said nothing"
-            raise StepFailedError(f"{command.argv[0]} ({name}) exited {exit_code}: {last[:600]}", remedy=f"read {log}")
+            how = f"exited {exit_code}{_why_killed(exit_code, killed_before)}"
+            raise StepFailedError(f"{command.argv[0]} ({name}) {how}: {last[:600]}", remedy=f"read {log}")
         return done
+
+
+def _why_killed(exit_code: int, killed_before: int) -> str:
+    if exit_code != _KILLED:
+        return ""
+    return " (the machine had no memory left for it)" if out_of_memory_kills() > killed_before else " (SIGKILL)"
 
 
 class _StalledError(subprocess.TimeoutExpired):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runbook_lib import maintenance, outward
+from runbook_lib.adapters.git import FREEZE_FILE
 from runbook_lib.clock import utc_now
 from runbook_lib.errors import StepFailedError
 from runbook_lib.model import Recovery, StepResult
@@ -141,7 +142,7 @@ def lift_freeze(run: Run) -> StepResult:
 
 @lift_freeze.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    return None if run.services.repository.frozen_by() == run.run_id else StepResult(facts={"merges": "open"})
+    return StepResult(facts={"merges": "open"}) if run.services.repository.frozen_by() is None else None
 
 
 @lift_freeze.plan
@@ -151,9 +152,15 @@ def _(run: Run) -> list[tuple[str, ...]]:
 
 def _lift(run: Run) -> dict[str, Any]:
     run.services.repository.lift_freeze(run.run_id)
-    if run.services.repository.frozen_by() == run.run_id:
+    holder = run.services.repository.frozen_by()
+    if holder == run.run_id:
         raise StepFailedError("the freeze still stands although it was lifted", remedy="lift it by hand")
-    return {"merges": "open"}
+    if holder is not None and holder.startswith("unknown"):
+        raise StepFailedError(
+            "merges are frozen by a file that cannot be read: nobody can tell whose it is",
+            remedy=f"look at {FREEZE_FILE} in the repository, remove it when it is this run's",
+        )
+    return {"merges": "open" if holder is None else f"still frozen by run {holder}"}
 
 
 @step("Update the changelog", recovery=Recovery.PROBE, owner="Dev", expected_s=1.0, way_back="revert the commit")

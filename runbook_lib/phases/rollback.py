@@ -274,9 +274,10 @@ def incident_note(run: Run) -> StepResult:
 @incident_note.probe
 def _noted(run: Run, intent: object) -> StepResult | None:
     address = _said(run, "incident")
-    if address is None:
+    path = run.artifact_path("rollback/incident.md")
+    if address is None or not path.is_file():  # another machine wrote it: written again, and not said again
         return None
-    return StepResult(facts={"address": address}, artifacts=(run.describe(run.artifact_path("rollback/incident.md")),))
+    return StepResult(facts={"address": address}, artifacts=(run.describe(path),))
 
 
 def _note(run: Run) -> str:

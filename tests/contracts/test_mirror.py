@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from runbook_lib import mirror
+from runbook_lib import executor, mirror
+from runbook_lib.adapters import processes
 from runbook_lib.adapters.objects import S3Store
 from runbook_lib.canonical import canonical_json, sha256
-from runbook_lib.errors import VerificationError
+from runbook_lib.errors import PausedError, VerificationError
 from runbook_lib.model import Event
+from tests.unit.conftest import OpenRun, open_run, people  # noqa: F401  # fixtures
 
 if TYPE_CHECKING:
     from tests.contracts.conftest import Bucket
+    from tests.ledgers import LedgerServer
 
 RUN = "20260102T030405Z-v1.5.0-a1b2c3"
 
@@ -35,8 +38,18 @@ def mirrored(store: S3Store, files: dict[str, bytes]) -> list[Event]:
         return digest
 
     listing = canonical_json({"run": RUN, "files": {name: put(content) for name, content in files.items()}})
-    named = {"sha256": put(listing), "files": len(files), "epoch": 1}
-    return [Event(RUN, 1, "2026-01-02T03:04:05.000000Z", mirror.EVENT, named, "0" * 64, "")]
+    return [event(mirror.EVENT, {"sha256": put(listing), "files": len(files), "epoch": 1})]
+
+
+def event(kind: str, data: dict[str, Any], seq: int = 1) -> Event:
+    return Event(RUN, seq, "2026-01-02T03:04:05.000000Z", kind, data, "0" * 64, "")
+
+
+def outcome(path: str, content: bytes, seq: int = 2) -> Event:
+    """A step's green end that names one file."""
+    named = {"path": path, "sha256": sha256(content), "size_bytes": len(content)}
+    result = {"facts": {}, "artifacts": [named], "verdict": "green", "title": "", "status": "green"}
+    return event("step_outcome", {"step": "a.b", "attempt": 1, "status": "green", "result": result}, seq)
 
 
 def test_a_folder_comes_back_byte_for_byte(store: S3Store, tmp_path: Path) -> None:
@@ -66,3 +79,90 @@ def test_no_file_lands_outside_of_the_runs_folder(store: S3Store, tmp_path: Path
         mirror.fetch(store, events, tmp_path / "run", tmp_path / "scratch")
 
     assert not (tmp_path / "outside").exists()
+
+
+def test_a_file_that_is_gone_or_was_changed_here_comes_back(store: S3Store, tmp_path: Path) -> None:
+    events = [
+        *mirrored(store, {"params.json": b"{}", "a.json": b"a", "b": b"b", "notebooks/n": b"n"}),
+        outcome("a.json", b"a"),
+    ]
+    folder = tmp_path / "run"
+    mirror.fetch(store, events, folder, tmp_path / "scratch")
+    (folder / "a.json").write_bytes(b"other")
+    (folder / "notebooks" / "n").write_bytes(b"nobody names it")
+    (folder / "b").unlink()
+
+    mirror.fetch(store, events, folder, tmp_path / "scratch")
+
+    found = [(folder / name).read_bytes() for name in ("a.json", "b", "notebooks/n")]
+    assert found == [b"a", b"b", b"nobody names it"]
+
+
+def test_what_a_step_is_writing_here_is_left_alone(store: S3Store, tmp_path: Path) -> None:
+    events = [*mirrored(store, {"params.json": b"{}", "a.json": b"a"}), outcome("a.json", b"a")]
+    mirror.fetch(store, events, tmp_path / "run", tmp_path / "scratch")
+    (tmp_path / "run" / "a.json").write_bytes(b"a newer one")
+
+    again = event("step_intent", {"step": "a.b", "attempt": 2, "executor": processes.me()}, 3)
+    mirror.fetch(store, [*events, again], tmp_path / "run", tmp_path / "scratch")
+
+    assert (tmp_path / "run" / "a.json").read_bytes() == b"a newer one"
+
+
+def test_a_sealed_record_is_not_written_to(store: S3Store, tmp_path: Path) -> None:
+    events = [*mirrored(store, {"params.json": b"{}", "a.json": b"a"}), outcome("a.json", b"a")]
+    mirror.fetch(store, events, tmp_path / "run", tmp_path / "scratch")
+    (tmp_path / "run" / "statement.json.sig").write_bytes(b"sealed")
+    (tmp_path / "run" / "a.json").write_bytes(b"changed")
+
+    mirror.fetch(store, events, tmp_path / "run", tmp_path / "scratch")
+
+    assert (tmp_path / "run" / "a.json").read_bytes() == b"changed"
+
+
+def test_what_later_events_name_comes_along(store: S3Store, tmp_path: Path) -> None:
+    """One that holds no lease puts its file by itself: no list names it yet."""
+    events = mirrored(store, {"params.json": b"{}"})
+    mirrored(store, {"gates/backup-2.json": b"evidence"})
+
+    mirror.fetch(store, [*events, outcome("gates/backup-2.json", b"evidence")], tmp_path / "run", tmp_path / "scratch")
+
+    assert (tmp_path / "run" / "gates" / "backup-2.json").read_bytes() == b"evidence"
+
+
+@pytest.fixture
+def shared(open_run: OpenRun, ledger_server: LedgerServer, bucket: Bucket, request: pytest.FixtureRequest) -> OpenRun:  # noqa: F811
+    """Opens a run whose ledger is shared and whose store answers."""
+    where = {
+        "ledger": ledger_server.new_ledger(),
+        "backup__store__endpoint": bucket.endpoint,
+        "backup__store__bucket": bucket.name,
+        "backup__store__prefix": request.node.name,
+        "backup__store__credentials_file": str(bucket.credentials),
+    }
+    return lambda **more: open_run(**{**where, **more})
+
+
+def test_a_store_that_lets_nobody_in_stops_no_release(shared: OpenRun, tmp_path: Path) -> None:
+    wrong = tmp_path / "credentials"
+    wrong.write_text("[default]\naws_access_key_id = AKNOBODY\naws_secret_access_key = wrong\n")
+    run = shared(backup__store__credentials_file=str(wrong))
+
+    mirror.push(run)
+    mirror.put(run, run.folder / "params.json")
+
+    said = [e.data["text"] for e in run.ledger.events(run.run_id) if e.kind == "note"]
+    assert ["the folder was not mirrored" in said[0], "params.json was not mirrored" in said[1]] == [True, True]
+
+
+def test_nothing_goes_forward_on_a_file_that_is_nowhere(shared: OpenRun) -> None:
+    run = shared()
+    lost = outcome("artifacts/lost.json", b"lost")
+    intent = {"step": "a.b", "attempt": 1, "phase": "prepare", "executor": processes.me()}
+    run.ledger.append(run.run_id, "step_intent", intent)
+    run.ledger.append(run.run_id, lost.kind, lost.data)
+
+    with pytest.raises(
+        PausedError, match=r"artifacts/lost\.json, which event \d+ names, is neither here nor in the store"
+    ):
+        executor.go(run)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from runbook_lib import lease, maintenance
+from runbook_lib.adapters.git import FREEZE_FILE
 from runbook_lib.errors import StepFailedError
 from runbook_lib.model import Event
 from runbook_lib.phases import complete, prepare, review
@@ -101,6 +102,31 @@ def test_what_cannot_be_delivered_fails_nothing_and_is_delivered_by_the_review(r
 
     assert again.facts == {"complete.notify_team": "delivered now", "complete.close_ticket": "delivered now"}
     assert len(list(outbox.glob("*.txt"))) == len(list(tickets.glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("freeze", "fact", "said"),
+    [
+        ('{"run_id": "20260', "undelivered", "cannot be read"),
+        ('{"run_id": "another-run"}', "merges", "still frozen by run another-run"),
+    ],
+)
+def test_merges_are_called_open_only_when_they_are(running: Opened, freeze: str, fact: str, said: str) -> None:
+    run = running.run
+    file = Path(run.params.repository.url) / FREEZE_FILE
+    mine = file.read_text()
+    try:
+        file.write_text(freeze)
+        assert complete.lift_freeze.settle is not None
+        assert complete.lift_freeze.settle(run, {}) is None
+
+        result = complete.lift_freeze(run)
+
+        assert said in result.facts[fact]
+        assert file.read_text() == freeze
+    finally:
+        file.write_text(mine)
+        run.services.repository.lift_freeze(run.run_id)
 
 
 def test_a_changelog_that_is_refused_does_not_fail_the_release(running: Opened) -> None:

@@ -70,6 +70,7 @@ class Result:
     broken: list[str]
     resume_s: float
     said: str = ""
+    work_s: float = 0.0  # of the resume: what the step itself took when it was begun again
 
     @property
     def good(self) -> bool:
@@ -228,6 +229,15 @@ class Walk:
         for step in rollback.STEPS:
             self._take(step.key())
 
+    def review(self) -> None:
+        """End the run where the way forward ended, and take every step of its review."""
+        from runbook_lib.phases import review
+
+        self.world.put_back("end")
+        _wait_for_end(self, None, self.folder / "deeds")
+        for step in review.STEPS:
+            self._take(step.key())
+
     def _open(self) -> str:
         from runbook_lib import wiring
         from runbook_lib.plan import plan_of
@@ -302,6 +312,7 @@ def try_case(walk: Walk, key: str, point: Point) -> Result | None:
     found = world.look()
     differs = [d for d in differences(known["after"], found) if d.partition(":")[0] not in ALLOWED]
     wrong_green = green and bool(differs) and not differences(before, found)
+    done = [e.data for e in events if e.kind == "step_outcome" and e.data["step"] == key]
     return Result(
         step=key,
         point=point.name,
@@ -314,6 +325,7 @@ def try_case(walk: Walk, key: str, point: Point) -> Result | None:
         broken=broken,
         resume_s=round(resume_s, 2),
         said=log.read_text()[-1500:] if code else "",
+        work_s=done[-1]["duration_s"] if done and point is not AFTER_OUTCOME else 0.0,
     )
 
 
@@ -396,6 +408,7 @@ def walked(
     *,
     ledger: str = "sqlite",
     back: bool = True,
+    review: bool = False,
     wanted: Callable[[str], bool] = lambda _key: True,
     more: Callable[[Project, str], dict[str, str]] | None = None,
 ) -> Iterator[Walk]:
@@ -404,6 +417,7 @@ def walked(
     Args:
         ledger: `sqlite`, or `postgresql`: a server of its own.
         back: walk the way back too.
+        review: end the run before that, and walk its review too.
         wanted: which steps get a checkpoint.
         more: settings of the run, from the project and its ledger's address.
     """
@@ -425,6 +439,8 @@ def walked(
         walk.forward(wanted)
         if back:
             walk.world.take("end")
+            if review:
+                walk.review()
             walk.back()
         yield walk
     finally:
@@ -449,13 +465,14 @@ def all_cases(walk: Walk, *, only: str = "") -> list[tuple[str, Point]]:
 def table(results: list[Result], archived: dict[str, list[str]]) -> str:
     """The results as a Markdown table, a row for each kind of point."""
     rows = [
-        "| point | ledger | cases | lost or doubled | wrong green | ledger unsound | not green again | blocked | resume, median | resume, longest |",
+        "| point | ledger | cases | lost or doubled | wrong green | ledger unsound | not green again | blocked "
+        "| resume beside the work: median | longest |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     kinds = sorted({(r.point.partition(",")[0] if "deed" in r.point else r.point, r.ledger) for r in results})
     for kind, ledger in kinds:
         of = [r for r in results if r.point.startswith(kind) and r.ledger == ledger]
-        seconds = [r.resume_s for r in of]
+        seconds = [r.resume_s - r.work_s for r in of]
         rows.append(
             f"| {kind} | {ledger} | {len(of)} | {sum(bool(r.lost_or_doubled) for r in of)} | {sum(r.wrong_green for r in of)} | "
             f"{sum(bool(r.broken) for r in of)} | {sum(not r.green and not r.blocked for r in of)} | {sum(r.blocked for r in of)} | "
@@ -483,7 +500,10 @@ def main() -> None:
     lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     results = [Result(**line) for line in lines if "step" in line]
     archived: dict[str, list[str]] = {line["archiving"]: line["wrong"] for line in lines if "archiving" in line}
-    with walked(given.state / f"world-{given.ledger}", ledger=given.ledger) as walk, kept.open("a") as file:
+    with (
+        walked(given.state / f"world-{given.ledger}", ledger=given.ledger, review=True) as walk,
+        kept.open("a") as file,
+    ):
         if not given.only and not given.sample:
             deeds, _ = try_archiving(walk, None)
             for deed in sorted({1 + deeds * share // 40 for share in range(40)}):

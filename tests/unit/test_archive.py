@@ -184,7 +184,13 @@ class Story:
         signature = signatures.sign(data, key=self.keys[signer], namespace="runbook-gate")
         self.write(f"decisions/{name}.json", data)
         self.write(f"decisions/{name}.json.sig", signature)
-        return {"statement": f"decisions/{name}.json", "sha256": sha256(data), "signature_sha256": sha256(signature)}
+        return {
+            "statement": f"decisions/{name}.json",
+            "sha256": sha256(data),
+            "signature_sha256": sha256(signature),
+            "statement_json": data.decode(),
+            "signature": signature.decode(),
+        }
 
     def gate(self, gate: str, person: str, *files: dict[str, Any]) -> None:
         opened = self.ask(gate, *files)
@@ -634,6 +640,16 @@ def test_even_the_recorder_cannot_forge_a_decision(sealed: Story) -> None:
     reseal(sealed)
 
     assert {c.name for c in sealed.wrong()} >= {"decision", "gates"}
+
+
+def test_what_the_ledger_carries_of_a_statement_is_what_it_names(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    sign = Story.sign
+    monkeypatch.setattr(Story, "sign", lambda *words: {**sign(*words), "statement_json": "{}"})
+    story.gate("backup", "ada", story.until_gate_1())
+    story.append("run_ended", {"state": "aborted"})
+
+    with pytest.raises(VerificationError, match="carries another statement than it names"):
+        story.seal()
 
 
 def test_even_the_recorder_cannot_change_the_evidence_after_the_decision(sealed: Story) -> None:

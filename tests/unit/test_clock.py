@@ -64,3 +64,25 @@ def test_a_jump_is_noted_where_it_was_and_the_order_stays(ledger_url: str, set_c
 
 def test_what_an_earlier_version_wrote_has_no_jumps(tmp_path: Path) -> None:
     assert Moment.of("2026-03-01T00:00:00Z", {}).jump_since(Moment.of("2026-02-01T00:00:00Z", {})) == 0.0
+
+
+def test_a_sleep_is_named_where_it_was(ledger_url: str, set_clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, read = Ledger(ledger_url), time.clock_gettime
+    ledger.append("run-1", "run_opened", OPENED, environment="rehearsal")
+    set_clock(3600.0)
+    monkeypatch.setattr(time, "clock_gettime", lambda c: read(c) + (3600.0 if c == time.CLOCK_BOOTTIME else 0.0))
+
+    ledger.append("run-1", "note", {"text": "awake again"})
+    ledger.append("run-1", "note", {"text": "and on"})
+
+    state = ledger.state("run-1")
+    assert state.clock_jumps == ()
+    assert [seq for seq, _ in state.sleeps] == [2]
+    assert state.sleeps[0][1] == pytest.approx(3600.0, abs=1)
+    assert "the machine slept for 1 h 00 min before event 2" in status_text(state)
+
+
+def test_of_an_earlier_version_nobody_can_tell_whether_it_slept() -> None:
+    before = Moment.of("2026-01-01T00:00:00Z", {"boot": "b", "uptime_s": 5.0})
+
+    assert replace(before, uptime_s=3600.0, asleep_s=3000.0).slept_since(before) == 0.0

@@ -20,6 +20,8 @@ ORDER = "an intent before each effect, one live attempt a step"
 ONCE = "green once per step and input"
 GATES = "every intent behind its gates"
 EPOCHS = "epochs never fall"
+OVER = "nothing is left open at the end, and nothing begins after it"
+SEALED = "the ledger holds what was sealed"
 ARTIFACTS = "every artifact is there with its digest"
 CHAIN = "the chain is unbroken"
 
@@ -63,6 +65,7 @@ def settled(told: Told) -> Told:
 
 OPENED: Told = ("run_opened", {"environment": "rehearsal", "opened_by": "robin", "epoch": 0})
 LEASE: Told = ("lease_taken", {"epoch": 1, "executor": {"pid": 1}})
+ENDED: Told = ("run_ended", {"state": "completed", "epoch": 4})
 ASKED: Told = (
     "gate_opened",
     {
@@ -186,12 +189,80 @@ def added(*new: Told) -> Callable[[list[Told]], list[Told]]:
         pytest.param(replaced(15, ("note", {"epoch": 1})), EPOCHS, id="a stale executor wrote"),
         pytest.param(replaced(15, ("note", {"epoch": 9})), EPOCHS, id="an epoch that nobody was given"),
         pytest.param(added(("lease_taken", {"epoch": 4, "executor": {}})), EPOCHS, id="an epoch twice"),
+        pytest.param(
+            replaced(1, intent("prepare.x", epoch=0), outcome("prepare.x", epoch=0), LEASE),
+            EPOCHS,
+            id="a step of nobody",
+        ),
+        pytest.param(added(ENDED, intent("complete.x", epoch=4)), OVER, id="a step after the end"),
+        pytest.param(added(intent("complete.x", epoch=4), ENDED), OVER, id="complete with a step at work"),
+        pytest.param(
+            added(
+                intent("complete.x", epoch=4),
+                ("step_blocked", {"step": "complete.x", "attempt": 1, "why": "", "epoch": 4}),
+                ENDED,
+            ),
+            OVER,
+            id="complete with a step in doubt",
+        ),
+        pytest.param(added(ENDED, ENDED), OVER, id="two ends"),
     ],
 )
 def test_what_cannot_have_happened_is_named(
     folder: Path, change: Callable[[list[Told]], list[Told]], invariant: str
 ) -> None:
     assert invariant in broken(chained(change(sound_story())), folder)
+
+
+def test_a_review_follows_the_end(folder: Path) -> None:
+    told = [*sound_story(), ENDED, ("lease_taken", {"epoch": 5, "executor": {}})]
+    told += [intent("review.retrospective", epoch=5), outcome("review.retrospective", epoch=5)]
+
+    assert broken(chained(told), folder) == set()
+
+
+def test_a_run_that_went_back_may_leave_a_step_in_doubt(folder: Path) -> None:
+    rolled_back: Told = ("run_ended", {"state": "rolled_back", "epoch": 4})
+
+    assert broken(chained([*sound_story(), intent("deploy.x", epoch=4), rolled_back]), folder) == {GATES}
+
+
+def test_a_ledger_that_lost_what_was_sealed_is_named(folder: Path) -> None:
+    events = chained([*sound_story(), ENDED])
+    lines = [canonical_json(event.as_json()) + b"\n" for event in events]
+    (folder / "ledger.jsonl").write_bytes(b"".join(lines))
+    assert broken(events, folder) == set()
+
+    assert broken(events[:-1], folder) == {SEALED}
+    (folder / "review").mkdir()
+    (folder / "review" / "ledger.jsonl").write_bytes(lines[-1])
+    (folder / "ledger.jsonl").write_bytes(b"".join(lines[:-1]))
+    assert broken(events, folder) == set()
+    (folder / "review" / "ledger.jsonl").write_bytes(b"no event\n")
+    assert broken(events, folder) == {SEALED}
+
+
+def test_a_statement_that_the_ledger_carries_need_not_be_here_yet(folder: Path) -> None:
+    kind, data = settled(outcome("begin.fence", epoch=4))
+    told = replaced(14, (kind, {**data, "statement_json": "{}", "signature": "signed"}))(sound_story())
+    for name in ("resolve.json", "resolve.json.sig"):
+        (folder / name).unlink()
+    assert broken(chained(told), folder) == set()
+
+    (folder / "resolve.json").write_text("changed")
+    assert broken(chained(told), folder) == {ARTIFACTS}
+
+
+def test_a_file_that_is_only_in_the_store_is_not_missed(folder: Path) -> None:
+    events = chained(sound_story())
+    (folder / "dump.json").unlink()
+
+    def stored(digest: str, *, here: bool) -> bool:
+        return not here and digest == sha256(b"dump")
+
+    assert [f.why for f in examine(events, folder, stored) if not f.ok] == []
+    (folder / "dump.json").write_text("changed")
+    assert [f.why for f in examine(events, folder, stored) if not f.ok] == ["dump.json is not what the event names"]
 
 
 @pytest.mark.parametrize("file", ["dump.json", "evidence.json"])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from runbook_lib.canonical import sha256_file
 from runbook_lib.ledger import Ledger
 from tests.project import ROOT, Project
 
@@ -73,6 +74,40 @@ def test_a_later_versions_record_is_refused_in_one_sentence(earlier: Project) ->
     assert done.returncode == 4
     assert "written in format 2, this version reads format 1" in done.stdout, done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("damage", "broken"),
+    [
+        ("UPDATE events SET time = '2026-01-01T00:00:00.000000Z' WHERE seq = 2", "the chain is unbroken"),
+        ("DELETE FROM events WHERE seq > 90", "the ledger holds what was sealed"),
+        ("UPDATE events SET data = '{}' WHERE kind = 'gate_opened'", "every event can be read"),
+        ("UPDATE events SET data = '[1]' WHERE seq = 3", "every event can be read"),
+        ("UPDATE events SET data = 'x' WHERE seq = 3", "every event can be read"),
+    ],
+)
+def test_a_damaged_ledger_is_told_as_findings_and_nothing_is_written(
+    earlier: Project, damage: str, broken: str
+) -> None:
+    run_id = earlier.runs()[0].name
+    (earlier.root / "outputs" / "rehearsal" / "allowed_signers").unlink()
+    with sqlite3.connect(earlier.root / "outputs" / "ledger.sqlite") as database:
+        database.executescript(f"DROP TRIGGER events_no_update; DROP TRIGGER events_no_delete; {damage}")
+    before = digests(earlier.root)
+
+    for words in (("fsck",), ("fsck", run_id)):
+        done = earlier.runbook(*words, "--json")
+
+        assert done.returncode == 4, done.stderr
+        findings = json.loads(done.stdout.splitlines()[-1])["findings"]
+        assert broken in {finding["invariant"] for finding in findings if not finding["ok"]}
+    assert digests(earlier.root) == before
+
+
+def digests(root: Path) -> dict[str, str]:
+    """Every file of a folder, but for the database, whose own log is written into it when it is opened."""
+    files = (path for path in root.rglob("*") if path.is_file() and not path.name.startswith("ledger.sqlite"))
+    return {str(path): sha256_file(path) for path in files}
 
 
 @pytest.mark.parametrize("damage", [b"", b"this is no database, whatever its name says" * 30])

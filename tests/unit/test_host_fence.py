@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 from pathlib import Path
 
@@ -55,3 +56,18 @@ def test_a_newer_executor_waits_for_a_module_that_still_runs(run: Run, monkeypat
             raised(run, 8)
         module.kill()
     raised(run, 8)
+
+
+def test_an_epoch_is_on_the_hosts_disk_before_anything_rests_on_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that loses power keeps the epoch: the new file's content is written out, then its name."""
+    programs, told = tmp_path / "programs", tmp_path / "told"
+    programs.mkdir()
+    (programs / "sync").write_text(f'#!/bin/sh\necho "$1 $(cat epoch 2> /dev/null)" >> {told}\n')
+    (programs / "sync").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+
+    raised(run, 7)
+
+    assert told.read_text().splitlines()[-2:] == ["epoch.new ", ". 7"]

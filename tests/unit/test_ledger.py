@@ -258,6 +258,14 @@ def test_a_server_that_was_restarted_is_used_again(ledger_server: LedgerServer) 
     assert len(ledger.events("run-1")) == 2
 
 
+def test_a_ledger_that_has_no_session_left_is_one_that_does_not_answer(ledger: Ledger) -> None:
+    url = ledger._engine.url
+    ledger._engine = sa.create_engine(url, poolclass=sa.QueuePool, pool_size=1, max_overflow=0, pool_timeout=0.1)
+
+    with ledger._engine.connect(), pytest.raises(LedgerUnavailableError, match="cannot be used: QueuePool limit"):
+        ledger.events("run-1")
+
+
 def test_only_new_events_are_read_and_folded_onto_what_is_known(ledger: Ledger) -> None:
     before = ledger.state("run-1")
     assert ledger.after("run-1", before) == []

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,3 +111,47 @@ def test_a_reused_pid_is_not_taken_for_the_old_process(tmp_path: Path) -> None:
 
     assert not processes.alive({**processes.me(), "start": 1})
     assert processes.alive(processes.me())
+
+
+INITIAL = "pid:[4026531836]"
+
+
+def on(machine: str = "m1", boot: str = "an earlier one", pids: str = INITIAL, host: str = "one") -> dict[str, Any]:
+    return {"host": host, "machine": machine, "pids": pids, "boot": boot, "pid": 1, "start": 1}
+
+
+@pytest.mark.parametrize(
+    ("here", "process", "told"),
+    [
+        (on(), on(), True),
+        (on(), on(host="two"), False),
+        (on(), on("m2"), False),
+        (on(""), on(""), False),  # no machine-id: a twin of the same name cannot be told apart
+        (on(pids="pid:[7]"), on(pids="pid:[7]"), False),  # an image's machine-id is that of all its containers
+        (on(), on(pids="pid:[7]"), False),
+        (on(), on(boot="now"), True),
+        (on(""), on("", boot="now"), True),
+        (on(pids="pid:[7]"), on(boot="now", pids="pid:[7]"), True),
+        (on(pids="pid:[7]"), on(boot="now"), False),
+    ],
+)
+def test_a_process_is_only_taken_for_gone_where_this_machine_can_tell(
+    monkeypatch: pytest.MonkeyPatch, here: dict[str, Any], process: dict[str, Any], told: bool
+) -> None:
+    monkeypatch.setattr(processes, "_machine", lambda: {key: here[key] for key in ("host", "machine", "pids")})
+    monkeypatch.setattr(processes, "boot_id", lambda: "now")
+
+    assert processes.is_here(process) is told
+
+
+def test_a_command_that_the_machine_ended_for_want_of_memory_is_named(
+    shell: LocalShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = tmp_path / "memory.events"
+    counter.write_text("low 0\noom_kill 2\n")
+    monkeypatch.setattr(processes, "_OUT_OF_MEMORY_COUNTERS", (str(counter),))
+
+    with pytest.raises(StepFailedError, match=r"exited 137 \(SIGKILL\): Killed"):
+        shell.run(Command(("sh", "-c", "kill -9 $$")), name="killed")
+    with pytest.raises(StepFailedError, match=r"exited 137 \(the machine had no memory left for it\): Killed"):
+        shell.run(Command(("sh", "-c", f"echo oom_kill 3 > {counter}; kill -9 $$")), name="too-big")

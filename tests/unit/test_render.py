@@ -350,6 +350,7 @@ def test_the_next_move_can_be_typed() -> None:
     assert "runbook review RUN-1" in next_move(fold(finished()), None)
     blocked = fold(begun().add("step_intent", step="a.b", title="", attempt=1).add("step_blocked", step="a.b", why="?"))
     assert "runbook resolve RUN-1 a.b" in next_move(blocked, None)
+    assert next_move(blocked, None).endswith("--as PERSON --key FILE --comment WHAT_YOU_SAW")
 
 
 def test_a_plan_as_text_names_commands_gates_and_its_digest() -> None:

@@ -14,19 +14,22 @@ from runbook_lib.errors import UsageError
 from runbook_lib.fsck import examine
 from runbook_lib.model import Status
 from runbook_lib.run import Run
+from tests.unit.conftest import OPENER
 
 KEY = "prepare.freeze_merges"
 
 
 @pytest.fixture
 def blocked(run: Run) -> Run:
+    return blocked_at(run, KEY)
+
+
+def blocked_at(run: Run, key: str) -> Run:
     """A run of which nobody knows whether a step's effect is there."""
-    run.ledger.append(
-        run.run_id,
-        "step_intent",
-        {"step": KEY, "phase": "prepare", "attempt": 1, "title": "Freeze merges", "executor": processes.me()},
-    )
-    run.ledger.append(run.run_id, "step_blocked", {"step": KEY, "attempt": 1, "why": "cannot tell"})
+    run.ledger.take_lease(run.run_id, processes.me())
+    intent = {"step": key, "phase": key.partition(".")[0], "attempt": 1, "title": key, "executor": processes.me()}
+    run.ledger.append(run.run_id, "step_intent", intent)
+    run.ledger.append(run.run_id, "step_blocked", {"step": key, "attempt": 1, "why": "cannot tell"})
     return run
 
 
@@ -34,32 +37,37 @@ def blocked(run: Run) -> Run:
 def test_a_signed_statement_settles_a_step_and_the_ledger_names_it(
     blocked: Run, people: dict[str, Path], done: bool, then: Status
 ) -> None:
-    testimony.resolve(blocked, KEY, done=done, comment="looked", person="dan", key=people["dan"])
+    testimony.resolve(blocked, KEY, done=done, comment="looked", person="ada", key=people["ada"])
 
     settled = blocked.ledger.events(blocked.run_id)[-1].data
     said = json.loads((blocked.folder / settled["statement"]).read_bytes())["predicate"]
     assert blocked.state.step(KEY).status is then
-    assert (said["step"], said["done"], said["person"]) == (KEY, done, "dan")
+    assert (said["step"], said["done"], said["person"]) == (KEY, done, "ada")
     assert settled["sha256"] == sha256_file(blocked.folder / settled["statement"])
     decisions.load(blocked, settled)
     assert [f for f in examine(blocked.ledger.events(blocked.run_id), blocked.folder) if not f.ok] == []
 
 
 @pytest.mark.parametrize("done", [True, False])
-def test_a_settlement_whose_statement_is_gone_is_named(blocked: Run, people: dict[str, Path], done: bool) -> None:
-    testimony.resolve(blocked, KEY, done=done, comment="looked", person="dan", key=people["dan"])
+def test_a_settlement_whose_statement_was_changed_is_named(blocked: Run, people: dict[str, Path], done: bool) -> None:
+    testimony.resolve(blocked, KEY, done=done, comment="looked", person="ada", key=people["ada"])
     for file in (blocked.folder / "decisions").iterdir():
-        file.unlink()
+        file.write_text("{}")
 
     found = [f.why for f in examine(blocked.ledger.events(blocked.run_id), blocked.folder) if not f.ok]
 
     assert len(found) == 1
-    assert found[0].endswith("is not there")
+    assert found[0].endswith("is not what the event names")
 
 
 @pytest.mark.parametrize(
     ("person", "key_of", "why"),
-    [("dan", "bea", "the signature is not dan's"), ("mallory", "dan", "is nobody in the params file")],
+    [
+        ("ada", "bea", "the signature is not ada's"),
+        ("mallory", "dan", "is nobody in the params file"),
+        ("dan", "dan", "dan holds dba; prepare.freeze_merges is settled by deploy_lead"),
+        (OPENER, OPENER, f"{OPENER} opened this run"),
+    ],
 )
 def test_nobody_settles_a_step_in_anothers_name(
     blocked: Run, people: dict[str, Path], person: str, key_of: str, why: str
@@ -69,3 +77,30 @@ def test_nobody_settles_a_step_in_anothers_name(
 
     assert blocked.state.step(KEY).status is Status.BLOCKED
     assert not (blocked.folder / "decisions").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "person"),
+    [
+        ("migrate.migrate_production", "dan"),
+        ("deploy.deploy_new_version", "quinn"),
+        ("complete.lift_maintenance", "dan"),
+        ("rollback.restore_schema", "quinn"),
+    ],
+)
+def test_who_decides_after_a_step_may_settle_it(run: Run, people: dict[str, Path], key: str, person: str) -> None:
+    testimony.resolve(blocked_at(run, key), key, done=True, comment="looked", person=person, key=people[person])
+
+    assert run.state.step(key).settled_by == person
+
+
+@pytest.mark.parametrize("key", ["backup.dump_database", "backup.archive_files@app-01", "migrate.record_schema"])
+def test_what_later_steps_read_is_made_again_and_not_signed_for(run: Run, people: dict[str, Path], key: str) -> None:
+    who = "dan" if key.startswith("migrate") else "ada"
+
+    with pytest.raises(UsageError, match="later steps rest on what it recorded"):
+        testimony.resolve(blocked_at(run, key), key, done=True, comment="looked", person=who, key=people[who])
+    assert run.state.step(key).status is Status.BLOCKED
+
+    testimony.resolve(run, key, done=False, comment="moved away", person=who, key=people[who])
+    assert run.state.step(key).status is Status.PENDING

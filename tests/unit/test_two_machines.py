@@ -1,0 +1,124 @@
+"""What people sign on one machine counts on every other one that reads the same ledger, with no store in between."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from runbook_lib import decisions, gate, testimony, wiring
+from runbook_lib.adapters import processes
+from runbook_lib.errors import VerificationError
+from runbook_lib.fsck import examine
+from runbook_lib.model import Status
+from runbook_lib.phases import verify
+from runbook_lib.run import Run
+from tests.ledgers import LedgerServer
+from tests.unit.conftest import OpenRun
+from tests.unit.test_gate import asked_in, green
+
+
+@dataclass
+class Machines:
+    """One run, seen from two project folders."""
+
+    run: Run
+    elsewhere: Callable[[], Run]
+
+
+@pytest.fixture
+def machines(
+    open_run: OpenRun, ledger_server: LedgerServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Machines:
+    run = open_run(ledger=ledger_server.new_ledger())
+
+    def elsewhere() -> Run:
+        other = tmp_path / "other"
+        if not other.exists():
+            shutil.copytree(run.root, other)
+        with monkeypatch.context() as patched:
+            patched.setenv("RUNBOOK_HOME", str(other))
+            return wiring.attach(run.run_id)
+
+    return Machines(run, elsewhere)
+
+
+def missing(run: Run) -> list[str]:
+    """What the ledger names and the folder has not."""
+    found = examine(run.ledger.events(run.run_id), run.folder)
+    return [f.why for f in found if not f.ok and f.invariant.startswith("every artifact")]
+
+
+def approve(run: Run, name: str, person: str, people: dict[str, Path]) -> None:
+    data = gate.decision_statement(run, name, "approve", person, "seen")
+    gate.decide(run, name, data, decisions.signed(data, key=people[person]))
+
+
+def test_an_approval_given_elsewhere_opens_the_gate_here(machines: Machines, people: dict[str, Path]) -> None:
+    here = asked_in(machines.run)
+    approve(machines.elsewhere(), "backup", "ada", people)
+
+    given = gate.approvals(here, here.state, "backup")
+
+    assert [d["person"] for d in given] == ["ada"]
+    assert missing(here) == []
+
+
+def test_a_run_that_is_attached_to_has_every_statement(machines: Machines, people: dict[str, Path]) -> None:
+    asked_in(machines.run)
+    elsewhere = machines.elsewhere()
+    approve(elsewhere, "backup", "ada", people)
+
+    here = wiring.attach(machines.run.run_id)
+
+    names = sorted(path.name for path in (elsewhere.folder / "decisions").iterdir())
+    assert names == ["backup-1-ada-approve.json", "backup-1-ada-approve.json.sig"]
+    for name in names:
+        assert (here.folder / "decisions" / name).read_bytes() == (elsewhere.folder / "decisions" / name).read_bytes()
+
+
+def test_a_statement_that_was_changed_here_is_not_taken_from_the_ledger(
+    machines: Machines, people: dict[str, Path]
+) -> None:
+    here = asked_in(machines.run)
+    approve(here, "backup", "ada", people)
+    recorded = here.state.gate("backup").decisions[0]
+    (here.folder / str(recorded["statement"])).write_text("{}")
+
+    with pytest.raises(VerificationError, match="is not what was recorded"):
+        decisions.load(wiring.attach(here.run_id), recorded)
+
+
+def test_a_spot_check_and_its_round_elsewhere_are_evidence_here(machines: Machines, people: dict[str, Path]) -> None:
+    here = machines.run
+    here.ledger.take_lock(here.run_id, "staging")
+    for made in verify.STEPS[:-1]:
+        for key in made.keys(here):
+            green(here, key)
+    elsewhere = machines.elsewhere()
+    testimony.record_check(elsewhere, "log_in", passed=True, note="seen", person="quinn", key=people["quinn"])
+    gate.open_round(elsewhere, "release")
+    approve(elsewhere, "release", "quinn", people)
+
+    gate.open_round(here, "release")
+
+    assert here.state.gate("release").round == 1
+    assert [d["person"] for d in gate.approvals(here, here.state, "release")] == ["quinn"]
+    assert gate.show(here, "release")["blockers"] == []
+    assert missing(here) == []
+
+
+def test_a_settlement_given_elsewhere_is_in_the_folder_here(machines: Machines, people: dict[str, Path]) -> None:
+    here, key = machines.run, "prepare.freeze_merges"
+    intent = {"step": key, "phase": "prepare", "attempt": 1, "title": "Freeze", "executor": processes.me()}
+    here.ledger.append(here.run_id, "step_intent", intent)
+    here.ledger.append(here.run_id, "step_blocked", {"step": key, "attempt": 1, "why": "cannot tell"})
+    testimony.resolve(machines.elsewhere(), key, done=True, comment="looked", person="ada", key=people["ada"])
+
+    here = wiring.attach(here.run_id)
+
+    assert here.state.step(key).status is Status.GREEN
+    assert missing(here) == []
