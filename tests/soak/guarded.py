@@ -435,6 +435,27 @@ _EXECUTORS = (
         "pass",
         (f"{_T_FENCE}two_executors_are_never_in_one_database_at_once",),
     ),
+    Guard(
+        "a newer executor lets no program of an older one into a database",
+        _FENCE,
+        "            _admit_nobody(session, name)\n        yield session",
+        "        yield session",
+        (f"{_T_FENCE}a_stalled_migration_that_wakes_up_after_the_way_back_changes_nothing",),
+    ),
+    Guard(
+        "a migration tool's own sessions are behind the fence",
+        "runbook_lib/migration.py",
+        "command(replace(known, options=options))",
+        "command(known)",
+        (f"{_T_FENCE}a_stalled_migration_that_wakes_up_after_the_way_back_changes_nothing",),
+    ),
+    Guard(
+        "a program is let into a database only as long as its executor is at work there",
+        _FENCE,
+        "                _admit_nobody(session, name)",
+        "                pass",
+        (f"{_T_FENCE}a_program_is_let_into_a_database_under_the_living_epoch_alone_and_as_who_it_would_be",),
+    ),
 )
 
 _COMMANDS = (
