@@ -23,7 +23,14 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.canonical import sha256
-from runbook_lib.errors import DeniedError, FencedError, PausedError, StepFailedError, StepInDoubtError
+from runbook_lib.errors import (
+    DeniedError,
+    FencedError,
+    PausedError,
+    StepFailedError,
+    StepInDoubtError,
+    UnavailableError,
+)
 from runbook_lib.model import Command
 from runbook_lib.run import Run
 
@@ -51,6 +58,7 @@ for old in python-*; do [ "$old" = "python-$1" ] || rm -f "$old"; done
 printf '%s\\n' "$1" > epoch.new && mv epoch.new epoch
 """
 _STALE, _AT_WORK = 97, 75
+_NO_SSH = 255
 _WAIT_S = 30.0
 _GRACE_S = 10.0
 # One lock in each database; the number is of no meaning, only hardly used by anybody else.
@@ -80,13 +88,18 @@ def raise_on(run: Run, host: str) -> None:
     Raises:
         FencedError: a later executor was there.
         StepInDoubtError: something of an earlier one still runs there.
+        UnavailableError: it does not answer.
     """
     python = run.params.all_hosts[host].python
     words = ("sh", "-c", _RAISE, "sh", str(epoch(run)), run.run_id, python, f"{_WAIT_S:g}")
-    there = run.services.hosts[host].command(Command(words, timeout_s=_WAIT_S + 30, ok_exits=(0, _STALE, _AT_WORK)))
+    there = run.services.hosts[host].command(
+        Command(words, timeout_s=_WAIT_S + 30, ok_exits=(0, _STALE, _AT_WORK, _NO_SSH))
+    )
     done = run.services.shell.run(there, name=f"fence-{host}")
     if done.exit_code == _STALE:
         raise FencedError(f"{host}: {done.tail(1)}", remedy=f"runbook status {run.run_id}")
+    if done.exit_code == _NO_SSH:
+        raise UnavailableError(f"{host} does not answer: {done.tail(1)}", remedy="mend that, then resume")
     if done.exit_code == _AT_WORK:
         raise StepInDoubtError(f"{host}: {done.tail(1)}", remedy="wait for it, or end it there")
 

@@ -164,7 +164,8 @@ def update_changelog(run: Run) -> StepResult:
 
 @update_changelog.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    commit = run.services.repository.find_changelog(branch=run.params.repository.branch, key=run.key("changelog"))
+    branch, key = run.params.repository.branch, run.key("changelog")
+    commit = outward.found(lambda: run.services.repository.find_changelog(branch=branch, key=key))
     return None if commit is None else StepResult(facts=_changelog_facts(run, commit))
 
 
@@ -196,8 +197,9 @@ def publish_pages(run: Run) -> StepResult:
 
 @publish_pages.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    found = {title: run.services.pages.find(run.key(what)) for what, (title, _) in _pages(run).items()}
-    return StepResult(facts=found) if all(found.values()) else None
+    keys = {title: run.key(what) for what, (title, _) in _pages(run).items()}
+    found = outward.found(lambda: {title: run.services.pages.find(key) for title, key in keys.items()})
+    return StepResult(facts=found) if found is not None and all(found.values()) else None
 
 
 @publish_pages.plan
@@ -251,7 +253,7 @@ def close_ticket(run: Run) -> StepResult:
 
 @close_ticket.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    address = run.services.tickets.find(run.key("ticket"))
+    address = outward.found(lambda: run.services.tickets.find(run.key("ticket")))
     return None if address is None else StepResult(facts=_ticket_facts(run, address))
 
 

@@ -191,7 +191,7 @@ def schedule_window(run: Run) -> StepResult:
 
 @schedule_window.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    address = run.services.calendar.find(run.key("window"))
+    address = outward.found(lambda: run.services.calendar.find(run.key("window")))
     return None if address is None else StepResult(facts=_window_facts(run, address))
 
 

@@ -131,16 +131,8 @@ def announce_rollback(run: Run) -> StepResult:
 
 @announce_rollback.probe
 def _rollback_announced(run: Run, intent: object) -> StepResult | None:
-    address = _said(run, "announce_rollback")
+    address = outward.found(lambda: run.services.chat.find(run.key("announce_rollback")))
     return None if address is None else StepResult(facts={"address": address})
-
-
-def _said(run: Run, what: str) -> str | None:
-    """The address of a message; None when it is not there or nobody answers: posting it again says nothing twice."""
-    try:
-        return run.services.chat.find(run.key(what))
-    except StepFailedError:
-        return None
 
 
 @_undo("Refuse writes while going back", recovery=Recovery.REPEAT, owner="Ops", expected_s=4.0)
@@ -273,10 +265,11 @@ def incident_note(run: Run) -> StepResult:
 
 @incident_note.probe
 def _noted(run: Run, intent: object) -> StepResult | None:
-    address = _said(run, "incident")
-    if address is None:
+    address = outward.found(lambda: run.services.chat.find(run.key("incident")))
+    note = run.artifact_path("rollback/incident.md")
+    if address is None or not note.is_file():  # another machine wrote it: here it is written again, and said once
         return None
-    return StepResult(facts={"address": address}, artifacts=(run.describe(run.artifact_path("rollback/incident.md")),))
+    return StepResult(facts={"address": address}, artifacts=(run.describe(note),))
 
 
 def _note(run: Run) -> str:

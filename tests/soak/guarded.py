@@ -48,7 +48,9 @@ _T_DURABLE, _T_PROCESSES, _T_ARCHIVE = (
 )
 _T_SIGNATURES, _T_HOST_FENCE = (f"tests/unit/test_{name}.py::test_" for name in ("signatures", "host_fence"))
 _T_OBJECTS, _T_MIRROR = (f"tests/contracts/test_{name}.py::test_" for name in ("objects", "mirror"))
-_T_BACKUP, _T_FENCE, _T_OPENING = (f"tests/phases/test_{name}.py::test_" for name in ("backup", "fence", "opening"))
+_T_BACKUP, _T_FENCE, _T_OPENING, _T_HALF_DONE = (
+    f"tests/phases/test_{name}.py::test_" for name in ("backup", "fence", "opening", "half_done")
+)
 
 _STEPS = (
     Guard(
@@ -116,7 +118,7 @@ _STEPS = (
     Guard(
         "of two executors that begin a step one does it",
         _STEP,
-        "if now.status in (Status.GREEN, Status.RUNNING, Status.BLOCKED) or now.attempt + 1 != number:",
+        'if now.status in (Status.GREEN, Status.RUNNING, Status.BLOCKED) or now.attempt + 1 != intent["attempt"]:',
         "if False:",
         (f"{_T_STEP}of_two_that_begin_a_step_at_once_one_does_it",),
     ),
@@ -151,7 +153,7 @@ _STEPS = (
     Guard(
         "commands that outlived their executor are waited for before the probe looks",
         _STEP,
-        "            processes.wait_for_children(folder, timeout_s=self.timeout_s)\n",
+        '            processes.wait_for_children(run.folder / known.intent["children"], timeout_s=self.timeout_s)\n',
         "            pass\n",
         (
             f"{_T_STEP}a_command_that_outlived_its_executor_has_ended_before_the_probe_looks",
@@ -161,9 +163,34 @@ _STEPS = (
     Guard(
         "database sessions that outlived their executor are ended before the probe looks",
         _STEP,
-        "        fence.end_left_over(run)\n",
-        "",
+        "            fence.end_left_over(run)\n",
+        "            pass\n",
         (f"{_T_STEP}a_session_that_outlived_its_executor_has_ended_before_the_probe_looks",),
+    ),
+    Guard(
+        "the probe is asked before a failed attempt is made again",
+        _STEP,
+        "elif known.status is Status.FAILED and not looked:",
+        "elif False:",
+        (
+            f"{_T_STEP}a_failed_attempt_that_may_be_half_done_waits_for_a_person",
+            f"{_T_STEP}a_failed_attempt_whose_effect_is_there_after_all_is_not_made_again",
+            f"{_T_HALF_DONE}a_migration_that_its_time_out_ended_half_done_is_not_begun_again",
+        ),
+    ),
+    Guard(
+        "a probe whose target does not answer changes nothing",
+        _STEP,
+        "except (UnavailableError, DeniedError, psycopg.OperationalError) as error:",
+        "except ZeroDivisionError as error:",
+        (f"{_T_STEP}a_target_that_does_not_answer_pauses_and_changes_nothing",),
+    ),
+    Guard(
+        "a probe that breaks tells nothing",
+        _STEP,
+        "raise StepInDoubtError(_cannot_tell(run, error)) from error",
+        "return None",
+        (f"{_T_STEP}a_probe_that_breaks_tells_nothing[KeyError('facts')]",),
     ),
     Guard(
         "what only a person can tell is not done again",
