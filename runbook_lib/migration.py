@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runbook_lib import fence
+from runbook_lib.adapters import catalogue
 from runbook_lib.commands import migrations
 from runbook_lib.commands.migrations import Target
 from runbook_lib.errors import RunbookError, StepFailedError, StepInDoubtError
@@ -36,6 +37,13 @@ def applied_versions(run: Run, database: str) -> list[str]:
     role = run.params.database.migrate_role
     with run.services.database.connect(role, database, application=run.session_name) as session:
         return [row[0] for row in session.execute("SELECT version FROM schema_migrations ORDER BY version")]
+
+
+def schema_objects(run: Run, database: str) -> dict[str, str]:
+    """What the schema consists of, each object with its definition."""
+    role = run.params.database.admin_role
+    with run.services.database.connect(role, database, application=run.session_name) as session:
+        return catalogue.objects(session)
 
 
 def pending_versions(run: Run, database: str) -> list[str]:

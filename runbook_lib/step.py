@@ -172,6 +172,24 @@ class Step:
         )
         return self._card(run, result)
 
+    def settle_left_over(self, run: Run) -> None:
+        """Say what became of an attempt that was killed or failed, and make none anew: the way back asks.
+
+        Raises:
+            StepInDoubtError: nobody can tell but a person, who settles it.
+            PausedError: its target does not answer.
+        """
+        with lease.held(run):
+            for item in [None] if self.each is None else self.each(run):
+                key = self.key(item)
+                known = run.state.step(key)
+                if known.status is Status.BLOCKED:
+                    raise _blocked(run, key, known.error)
+                if known.status is Status.RUNNING:
+                    self._recover(run, item, key, known)
+                elif known.status is Status.FAILED:
+                    self._look_again(run, item, key, known)
+
     def _settle_before(self, run: Run) -> None:
         """People may have decided since the step in front of this one showed its panel: then it is green now."""
         state = run.state

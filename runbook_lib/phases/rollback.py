@@ -9,14 +9,15 @@ import json
 from functools import partial
 
 from runbook_lib import lease, maintenance, migration, outward
-from runbook_lib.adapters import http, processes
+from runbook_lib.adapters import catalogue, http, processes
 from runbook_lib.errors import StepFailedError
 from runbook_lib.model import Recovery, Status, StepResult
-from runbook_lib.phases import deploy
+from runbook_lib.phases import deploy, migrate
 from runbook_lib.run import Run
 from runbook_lib.smoke import run_smoke
 from runbook_lib.step import step
 
+_MOST_SHOWN = 10  # objects of a schema
 _LEFT_OVER_S = 1800.0  # the longest that a command of a killed executor is waited for
 
 
@@ -166,8 +167,11 @@ def restore_schema(run: Run) -> StepResult:
     """Undo exactly the migrations that this release applied, newest first; never one of the previous release's.
 
     It worked when schema_migrations is what was recorded before. Each undo looks at the newest row first, so a second
-    run goes on where the first stopped. A dump is never restored from here.
+    run goes on where the first stopped. What may be half done outside a transaction is a person's to settle first:
+    no undo is written for that. A dump is never restored from here.
     """
+    if touched(run, "migrate.migrate_production"):
+        migrate.migrate_production.settle_left_over(run)
     before = run.state.fact("migrate.record_schema", "versions")
     if before is None and touched(run, "migrate.migrate_production"):
         raise StepFailedError(
@@ -184,9 +188,28 @@ def restore_schema(run: Run) -> StepResult:
             raise StepFailedError(
                 f"the schema is {now}, it was {before}", remedy="let a DBA look; nothing else was touched"
             )
-    return StepResult(
-        facts={"undone now, newest first": undone, "schema": "was not touched" if before is None else "as before"}
+    return (
+        _compared(run, {"undone now, newest first": undone})
+        if before is not None
+        else StepResult(facts={"undone now, newest first": undone, "schema": "was not touched"})
     )
+
+
+def _compared(run: Run, facts: dict[str, object]) -> StepResult:
+    """The facts with whether the schema is as before; what no migration's undo puts back is named, and is not green.
+
+    It is no failure: a partition that came by itself is such a difference, and users wait to be let in.
+    """
+    recorded = run.folder / "artifacts" / migrate.SCHEMA_BEFORE
+    if not recorded.is_file():  # recorded by an older version
+        return StepResult(facts={**facts, "schema": "its migrations are as before; its objects were not recorded"})
+    now = migration.schema_objects(run, run.params.database.production)
+    found = catalogue.differences(json.loads(recorded.read_text()), now)
+    if not found:
+        return StepResult(facts={**facts, "schema": "as before"})
+    more = f" and {len(found) - _MOST_SHOWN} more" if len(found) > _MOST_SHOWN else ""
+    said = f"its migrations are as before; it is not: {', '.join(found[:_MOST_SHOWN])}{more}"
+    return StepResult(facts={**facts, "schema": said}, verdict="inconclusive")
 
 
 @_undo("Lift the write fence and the read-only mode", recovery=Recovery.REPEAT, owner="Ops", expected_s=5.0)
@@ -223,14 +246,13 @@ def prove_previous(run: Run) -> StepResult:
         raise StepFailedError(
             "the write fence is still in the database", remedy="ALTER ROLE … RESET default_transaction_read_only"
         )
-    return StepResult(
-        facts={
-            "commit": commit,
-            "served by": list(said),
-            "schema": now[-1] if now else "empty",
-            **maintenance.prove_open(run),
-        }
-    )
+    facts = {
+        "commit": commit,
+        "served by": list(said),
+        "newest migration": now[-1] if now else "none",
+        **maintenance.prove_open(run),
+    }
+    return StepResult(facts=facts) if before is None else _compared(run, facts)
 
 
 @_undo("Run the previous release's smoke tests", recovery=Recovery.REPEAT, owner="QA", expected_s=3.0)

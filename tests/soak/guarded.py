@@ -57,7 +57,7 @@ _STEPS = (
         "the intent is committed before the effect",
         _STEP,
         """\
-        run.ledger.append(run.run_id, "step_intent", intent, guard=verified)
+        self._begin(run, key, intent)
         with _attempting(Attempt(key, number, folder)):
             try:
                 result = self.action(*arguments)
@@ -66,7 +66,7 @@ _STEPS = (
         with _attempting(Attempt(key, number, folder)):
             try:
                 result = self.action(*arguments)
-                run.ledger.append(run.run_id, "step_intent", intent, guard=verified)
+                self._begin(run, key, intent)
 """,
         (f"{_T_STEP}the_intent_is_committed_before_the_effect",),
     ),
@@ -191,6 +191,20 @@ _STEPS = (
         "raise StepInDoubtError(_cannot_tell(run, error)) from error",
         "return None",
         (f"{_T_STEP}a_probe_that_breaks_tells_nothing[KeyError('facts')]",),
+    ),
+    Guard(
+        "the way back does not pass over a migration that may be half done",
+        "runbook_lib/phases/rollback.py",
+        "        migrate.migrate_production.settle_left_over(run)",
+        "        pass",
+        (f"{_T_HALF_DONE}the_way_back_does_not_pass_over_a_migration_that_may_be_half_done",),
+    ),
+    Guard(
+        "a schema is called as before when its objects are",
+        "runbook_lib/phases/rollback.py",
+        "    if not found:",
+        "    if True:",
+        (f"{_T_HALF_DONE}what_is_not_as_before_is_named_though_somebody_said_so",),
     ),
     Guard(
         "what only a person can tell is not done again",
