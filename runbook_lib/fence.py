@@ -7,6 +7,7 @@ advisory lock that is held while its schema or its roles are changed; a newer ex
 A program with sessions of its own there names a role that only its executor's epoch has: the server refuses it when a
 newer executor has dropped that.
 In the object store nothing is written over: keys carry the run's id, and a put only makes what is not there.
+The git host, the chat and the like keep no epoch: there the ledger is asked right before the deed.
 """
 
 from __future__ import annotations
@@ -77,6 +78,20 @@ def epoch(run: Run) -> int:
             f"this process is not the executor of run {run.run_id}", remedy=f"runbook resume {run.run_id}"
         )
     return run.ledger.epoch
+
+
+def refuse_stale(run: Run) -> None:
+    """Compare this executor's epoch with the ledger's, right before a deed at a target that keeps no epoch.
+
+    Raises:
+        FencedError: another executor has the run.
+    """
+    mine, newest = epoch(run), run.state.epoch
+    if mine != newest:
+        raise FencedError(
+            f"run {run.run_id} was taken over: its lease has epoch {newest}, this process had {mine}",
+            remedy=f"runbook status {run.run_id}",
+        )
 
 
 # --- hosts -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from runbook_lib import fence
 from runbook_lib.errors import StepFailedError
 from runbook_lib.run import Run
 
@@ -16,7 +17,11 @@ def deliver(run: Run, what: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """Do `what` and return its facts; when it cannot be delivered now, say so in them and go on.
 
     The review tries again what is left over, with the same keys: nothing is said twice.
+
+    Raises:
+        FencedError: another executor has the run, and says what is to be said.
     """
+    fence.refuse_stale(run)
     try:
         return dict(what())
     except StepFailedError as error:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import maintenance, outward
+from runbook_lib import fence, maintenance, outward
 from runbook_lib.clock import utc_now
 from runbook_lib.errors import StepFailedError
 from runbook_lib.model import Recovery, StepResult
@@ -31,8 +32,12 @@ _MOST_CHANGES = 30
     way_back="maintenance on again",
 )
 def lift_maintenance(run: Run) -> StepResult:
-    """The front door takes writes again, proved from outside."""
-    known = _open(run)
+    """The front door takes writes again, proved from outside.
+
+    That shows nothing of the workers: only the playbook that ended well wakes them, here or before the watch.
+    """
+    lifted = run.params.maintenance.lift == "before_watch" and run.state.green("verify.open_for_users")
+    known = _open(run) if lifted else None
     if known is not None:
         return StepResult(facts={"maintenance": "was off already: lifted before the watch", **known})
     maintenance.turn_off(run)
@@ -41,8 +46,7 @@ def lift_maintenance(run: Run) -> StepResult:
 
 @lift_maintenance.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    known = _open(run)
-    return None if known is None else StepResult(facts={"maintenance": "off", **known})
+    return None  # the playbook sets a state, and open doors say nothing of the workers behind them
 
 
 def _open(run: Run) -> dict[str, Any] | None:
@@ -71,8 +75,9 @@ def _(run: Run) -> list[tuple[str, ...]]:
 )
 def smoke_after_lifting(run: Run) -> StepResult:
     """Without the bypass: what a user meets. Red closes the door again and fails the run."""
-    if _open(run) is None:
-        maintenance.turn_off(run)  # a red attempt before this one closed the door
+    again = run.state.step("complete.smoke_after_lifting").attempt > 1
+    if again or _open(run) is None:
+        maintenance.turn_off(run)  # an attempt before this one closed the door, or a part of it
     try:
         result = run_smoke(run, run.release.commit, bypass=False, name="after-lifting")
     except StepFailedError as error:
@@ -180,7 +185,11 @@ def _changelog(run: Run) -> dict[str, Any]:
     day = run.state.opened_time[:10]
     entry = f"## {run.release.version} - released to {run.release.environment} {day}\n{_listed(run)}"
     commit = run.services.repository.add_changelog(
-        entry, path=repository.changelog, branch=repository.branch, key=run.key("changelog")
+        entry,
+        path=repository.changelog,
+        branch=repository.branch,
+        key=run.key("changelog"),
+        sure=partial(fence.refuse_stale, run),
     )
     return _changelog_facts(run, commit)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from functools import partial
 
-from runbook_lib import lease, maintenance, migration, outward
+from runbook_lib import fence, lease, maintenance, migration, outward
 from runbook_lib.adapters import catalogue, http, processes
 from runbook_lib.errors import StepFailedError
 from runbook_lib.model import Recovery, Status, StepResult
@@ -267,6 +267,7 @@ def smoke_tests_again(run: Run) -> StepResult:
 @_undo("Lift the merge freeze", recovery=Recovery.REPEAT, owner="Dev", expected_s=0.2)
 def lift_freeze(run: Run) -> StepResult:
     """The fix must be mergeable. Another run's freeze is left alone, so a second run changes nothing."""
+    fence.refuse_stale(run)
     run.services.repository.lift_freeze(run.run_id)
     return StepResult(facts={"frozen by": run.services.repository.frozen_by() or "nobody"})
 

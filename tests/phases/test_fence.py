@@ -37,7 +37,8 @@ from runbook_lib.adapters import processes
 here = processes._machine()
 processes._machine = lambda: {**here, "host": sys.argv[4]}
 def stall(event, words):
-    about = {"subprocess.Popen": words[1:2], "urllib.Request": (words[:1],)}.get(event, ())
+    opened = (words[:1],) if sys.argv[3].startswith(".") else ()
+    about = {"subprocess.Popen": words[1:2], "urllib.Request": (words[:1],), "open": opened}.get(event, ())
     if any(sys.argv[3] in str(word) for argv in about for word in argv):
         os.kill(os.getpid(), signal.SIGSTOP)
 phase, name = sys.argv[2].split(".")
@@ -52,7 +53,7 @@ step(wiring.attach(sys.argv[1]))
 
 @contextmanager
 def stalled(run: Run, step: str, program: str, *, host: str = "laptop") -> Iterator[subprocess.Popen[str]]:
-    """An executor of a step that was stopped just before it starts a program, or sends a request."""
+    """An executor of a step that was stopped just before it starts a program, opens a file or sends a request."""
     argv = (sys.executable, "-c", _STALLS, run.run_id, step, program, host)
     with subprocess.Popen(argv, cwd=PROJECT, stderr=subprocess.PIPE, text=True) as process:
 
@@ -305,6 +306,27 @@ def test_a_stalled_deployment_that_wakes_up_takes_no_host_from_the_users(locked:
 
     assert {backend.name: backend.state for backend in balancer.backends()}["app-01"] == "ready"
     take_back(locked)
+
+
+def test_a_stalled_freeze_that_wakes_up_does_not_freeze_again(locked: Run) -> None:
+    with stalled(locked, "prepare.freeze_merges", ".runbook-freeze.json.") as old:
+        lease.take_over(locked, reason="asleep")
+        prepare.freeze_merges(locked)
+        locked.services.repository.lift_freeze(locked.run_id)
+
+        assert "FencedError" in woken(old)
+
+    assert locked.services.repository.frozen_by() is None
+
+
+def test_a_stalled_changelog_that_wakes_up_is_not_pushed(locked: Run) -> None:
+    with stalled(locked, "complete.update_changelog", "commit-tree") as old:
+        lease.take_over(locked, reason="asleep")
+
+        assert "FencedError" in woken(old)
+
+    branch, key = locked.params.repository.branch, locked.key("changelog")
+    assert locked.services.repository.find_changelog(branch=branch, key=key) is None
 
 
 def test_a_migration_outside_a_transaction_that_another_machine_left_is_not_begun_again(

@@ -97,8 +97,8 @@ _STEPS = (
     Guard(
         "a blocked step waits for a person",
         _STEP,
-        "if known.status is Status.BLOCKED:",
-        "if False:",
+        "        if known.status is Status.BLOCKED:\n            raise _blocked(run, key, known.error)\n        with",
+        "        with",
         (f"{_T_STEP}a_blocked_step_waits_for_a_person",),
     ),
     Guard(
@@ -482,6 +482,34 @@ _EXECUTORS = (
         "            _admit_nobody(session, name)\n        yield session",
         "        yield session",
         (f"{_T_FENCE}a_stalled_migration_that_wakes_up_after_the_way_back_changes_nothing",),
+    ),
+    Guard(
+        "who was overtaken freezes no merges",
+        "runbook_lib/phases/prepare.py",
+        ", sure=partial(fence.refuse_stale, run)",
+        "",
+        (f"{_T_FENCE}a_stalled_freeze_that_wakes_up_does_not_freeze_again",),
+    ),
+    Guard(
+        "who was overtaken pushes no changelog",
+        "runbook_lib/phases/complete.py",
+        "sure=partial(fence.refuse_stale, run),",
+        "",
+        (f"{_T_FENCE}a_stalled_changelog_that_wakes_up_is_not_pushed",),
+    ),
+    Guard(
+        "who was overtaken says nothing to people outside",
+        "runbook_lib/outward.py",
+        "    fence.refuse_stale(run)",
+        "    pass",
+        ("tests/unit/test_outward.py::test_who_was_overtaken_says_nothing_any_more",),
+    ),
+    Guard(
+        "open doors do not stand for the workers behind them",
+        "runbook_lib/phases/complete.py",
+        "known = _open(run) if lifted else None",
+        "known = _open(run)",
+        ("tests/phases/test_complete_and_review.py::test_a_worker_that_rests_behind_open_doors_is_woken",),
     ),
     Guard(
         "a migration tool's own sessions are behind the fence",
