@@ -206,8 +206,9 @@ def publish_pages(run: Run) -> StepResult:
 
 @publish_pages.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    keys = {title: run.key(what) for what, (title, _) in _pages(run).items()}
-    found = outward.found(lambda: {title: run.services.pages.find(key) for title, key in keys.items()})
+    found = outward.found(
+        lambda: {title: run.services.pages.find(run.key(what)) for what, (title, _) in _pages(run).items()}
+    )
     return StepResult(facts=found) if found is not None and all(found.values()) else None
 
 
