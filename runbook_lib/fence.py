@@ -4,11 +4,15 @@ Every lease has an epoch, and every target keeps the highest that it has met. On
 Ansible's modules run through an interpreter that looks at it first, both under one lock: a newer executor waits until
 a module of the older one has ended, and none starts after that. In a database it is a setting, looked at under an
 advisory lock that is held while its schema or its roles are changed; a newer executor ends the session that holds it.
+A program with sessions of its own there names a role that only its executor's epoch has: the server refuses it when a
+newer executor has dropped that.
 In the object store nothing is written over: keys carry the run's id, and a put only makes what is not there.
+The git host, the chat and the like keep no epoch: there the ledger is asked right before the deed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +24,14 @@ import psycopg
 from psycopg import sql
 
 from runbook_lib.canonical import sha256
-from runbook_lib.errors import FencedError, PausedError, StepFailedError, StepInDoubtError
+from runbook_lib.errors import (
+    DeniedError,
+    FencedError,
+    PausedError,
+    StepFailedError,
+    StepInDoubtError,
+    UnavailableError,
+)
 from runbook_lib.model import Command
 from runbook_lib.run import Run
 
@@ -50,6 +61,7 @@ printf '%s\\n' "$1" > epoch.new && { sync epoch.new 2> /dev/null || sync; }
 mv epoch.new epoch && { sync . 2> /dev/null || sync; }
 """
 _STALE, _AT_WORK = 97, 75
+_NO_SSH = 255
 _WAIT_S = 30.0
 _GRACE_S = 10.0
 # One lock in each database; the number is of no meaning, only hardly used by anybody else.
@@ -70,6 +82,20 @@ def epoch(run: Run) -> int:
     return run.ledger.epoch
 
 
+def refuse_stale(run: Run) -> None:
+    """Compare this executor's epoch with the ledger's, right before a deed at a target that keeps no epoch.
+
+    Raises:
+        FencedError: another executor has the run.
+    """
+    mine, newest = epoch(run), run.state.epoch
+    if mine != newest:
+        raise FencedError(
+            f"run {run.run_id} was taken over: its lease has epoch {newest}, this process had {mine}",
+            remedy=f"runbook status {run.run_id}",
+        )
+
+
 # --- hosts -------------------------------------------------------------------------------------------------------
 
 
@@ -79,13 +105,18 @@ def raise_on(run: Run, host: str) -> None:
     Raises:
         FencedError: a later executor was there.
         StepInDoubtError: something of an earlier one still runs there.
+        UnavailableError: it does not answer.
     """
     python = run.params.all_hosts[host].python
     words = ("sh", "-c", _RAISE, "sh", str(epoch(run)), run.run_id, python, f"{_WAIT_S:g}")
-    there = run.services.hosts[host].command(Command(words, timeout_s=_WAIT_S + 30, ok_exits=(0, _STALE, _AT_WORK)))
+    there = run.services.hosts[host].command(
+        Command(words, timeout_s=_WAIT_S + 30, ok_exits=(0, _STALE, _AT_WORK, _NO_SSH))
+    )
     done = run.services.shell.run(there, name=f"fence-{host}")
     if done.exit_code == _STALE:
         raise FencedError(f"{host}: {done.tail(1)}", remedy=f"runbook status {run.run_id}")
+    if done.exit_code == _NO_SSH:
+        raise UnavailableError(f"{host} does not answer: {done.tail(1)}", remedy="mend that, then resume")
     if done.exit_code == _AT_WORK:
         raise StepInDoubtError(f"{host}: {done.tail(1)}", remedy="wait for it, or end it there")
 
@@ -129,7 +160,56 @@ def database(run: Run, name: str) -> Iterator[psycopg.Connection[Any]]:
         if known < mine:
             setting = sql.SQL("ALTER DATABASE {} SET {} = {}")
             session.execute(setting.format(sql.Identifier(name), sql.SQL(_SETTING), sql.Literal(str(mine))))
+            _admit_nobody(session, name)
         yield session
+
+
+@contextmanager
+def admitting(run: Run, name: str, role: str) -> Iterator[str]:
+    """Like `database`, for a program that opens its own sessions as `role`: yields the options that let them in.
+
+    A session that asks for a role which is not there is refused before its first statement. So the program asks for
+    one that has this epoch's name and no rights, and then at once for the one that it would have had without.
+
+    Raises:
+        DeniedError: the administrator may not make roles, or `role` cannot log in.
+        FencedError, PausedError: as `database` does.
+    """
+    with run.services.database.connect(role, name, application=f"{run.session_name}: fence") as session:
+        usual = session.execute("SELECT current_setting('role')").fetchone()
+    with database(run, name) as session:
+        _admit_nobody(session, name)
+        admission = f"{_admissions(name)}{epoch(run)}"
+        try:
+            session.execute(sql.SQL("CREATE ROLE {}").format(sql.Identifier(admission)))
+            session.execute(sql.SQL("GRANT {} TO {}").format(sql.Identifier(admission), sql.Identifier(role)))
+        except psycopg.errors.InsufficientPrivilege as error:
+            raise DeniedError(
+                f"{run.params.database.admin_role} may not make the role {admission} that lets {role} in: "
+                f"{error.diag.message_primary}",
+                remedy=f"ALTER ROLE {run.params.database.admin_role} CREATEROLE",
+            ) from error
+        try:
+            yield " ".join(f"-c role={_as_option(asked)}" for asked in (admission, usual[0] if usual else "none"))
+        finally:
+            with contextlib.suppress(psycopg.OperationalError):  # who ended this session has dropped it
+                _admit_nobody(session, name)
+
+
+def _admissions(name: str) -> str:
+    """How the roles begin that let programs into a database; the server has them for all of its databases."""
+    return f"runbook_{sha256(name.encode())[:12]}_"
+
+
+def _admit_nobody(session: psycopg.Connection[Any], name: str) -> None:
+    """Let no further program in; under the lock."""
+    rows = session.execute("SELECT rolname FROM pg_roles WHERE starts_with(rolname, %s)", (_admissions(name),))
+    for (admission,) in rows.fetchall():
+        session.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(admission)))
+
+
+def _as_option(word: str) -> str:
+    return word.replace("\\", "\\\\").replace(" ", "\\ ")
 
 
 def end_left_over(run: Run) -> int:
@@ -229,3 +309,4 @@ def raise_everywhere(run: Run) -> list[str]:
 def _raise_in(run: Run, name: str) -> None:
     with database(run, name):
         pass
+    _end_sessions(run)  # of a program that was let in just before

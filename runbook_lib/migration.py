@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from runbook_lib import fence
+from runbook_lib.adapters import catalogue
 from runbook_lib.commands import migrations
 from runbook_lib.commands.migrations import Target
 from runbook_lib.errors import RunbookError, StepFailedError, StepInDoubtError
@@ -37,6 +39,13 @@ def applied_versions(run: Run, database: str) -> list[str]:
         return [row[0] for row in session.execute("SELECT version FROM schema_migrations ORDER BY version")]
 
 
+def schema_objects(run: Run, database: str) -> dict[str, str]:
+    """What the schema consists of, each object with its definition."""
+    role = run.params.database.admin_role
+    with run.services.database.connect(role, database, application=run.session_name) as session:
+        return catalogue.objects(session)
+
+
 def pending_versions(run: Run, database: str) -> list[str]:
     """The release's migrations that the database has not, oldest first."""
     known = set(applied_versions(run, database))
@@ -50,21 +59,19 @@ def pending_versions(run: Run, database: str) -> list[str]:
 def apply(run: Run, database: str, *, name: str) -> Completed:
     """Apply what is pending; the session names the run, waits for locks only `lock_timeout_s`."""
     m = run.params.migrations
-    command = migrations.up(
-        m.tool,
-        m.executable,
-        target(run, database),
-        tree=run.tree(run.release.commit),
-        directory=m.directory,
-        timeout_s=m.timeout_s,
-    )
+
+    def command(at: Target) -> Command:
+        tree = run.tree(run.release.commit)
+        return migrations.up(m.tool, m.executable, at, tree=tree, directory=m.directory, timeout_s=m.timeout_s)
+
     return _alone(run, database, command, name=name)
 
 
-def _alone(run: Run, database: str, command: Command, *, name: str) -> Completed:
-    """Run a migration tool while no other executor can, its sessions named by the run."""
-    with fence.database(run, database):
-        return run.services.shell.run(command, name=name)
+def _alone(run: Run, database: str, command: Callable[[Target], Command], *, name: str) -> Completed:
+    """Run a migration tool while no other executor can, its sessions named by the run and behind the fence."""
+    known = target(run, database)
+    with fence.admitting(run, database, known.role) as options:
+        return run.services.shell.run(command(replace(known, options=options)), name=name)
 
 
 def undo(run: Run, version: str) -> Completed:
@@ -88,15 +95,12 @@ def undo(run: Run, version: str) -> Completed:
             f"migration {path.name} does not say how it is undone",
             remedy="a DBA decides: mend forward, or restore the backup into a new database and swap",
         )
-    command = migrations.down(
-        m.tool,
-        m.executable,
-        target(run, database),
-        tree=tree,
-        directory=m.directory,
-        timeout_s=m.timeout_s,
-        version=version,
-    )
+
+    def command(at: Target) -> Command:
+        return migrations.down(
+            m.tool, m.executable, at, tree=tree, directory=m.directory, timeout_s=m.timeout_s, version=version
+        )
+
     return _alone(run, database, command, name=f"undo-{version}")
 
 

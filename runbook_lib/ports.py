@@ -6,7 +6,7 @@ or rights are wrong. Every effect takes a key and happens once per key, however 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -153,8 +153,11 @@ class Repository(Protocol):
     def ci_status(self, commit: str) -> Mapping[str, Any]:
         """The CI report for that very commit, with `status`; `{"status": "missing"}` when there is none."""
 
-    def freeze(self, run_id: str, why: str) -> None:
-        """Refuse merges from now on. Raises UsageError when another run holds the freeze."""
+    def freeze(self, run_id: str, why: str, *, sure: Callable[[], None] = ...) -> None:
+        """Refuse merges from now on. Raises UsageError when another run holds the freeze.
+
+        `sure` is called right before, and raises when it must not be any more.
+        """
 
     def frozen_by(self) -> str | None:
         """The run that holds the freeze."""
@@ -165,8 +168,11 @@ class Repository(Protocol):
     def export(self, commit: str, into: Path) -> None:
         """Write the commit's tree into a folder that appears complete or not at all."""
 
-    def add_changelog(self, entry: str, *, path: str, branch: str, key: str) -> str:
-        """Commit an entry on top of the changelog and push it once; returns the commit."""
+    def add_changelog(self, entry: str, *, path: str, branch: str, key: str, sure: Callable[[], None] = ...) -> str:
+        """Commit an entry on top of the changelog and push it once; returns the commit.
+
+        `sure` is called right before the push, and raises when it must not be any more.
+        """
 
     def find_changelog(self, *, branch: str, key: str) -> str | None:
         """The commit that carries this key's entry."""

@@ -22,17 +22,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
 from runbook_lib import cell, fence, lease, mirror, pinned, progress
 from runbook_lib.adapters import processes
 from runbook_lib.canonical import digest
 from runbook_lib.card import Card, Log, Part
 from runbook_lib.errors import (
+    DeniedError,
     FencedError,
     LedgerUnavailableError,
     PausedError,
     RunbookError,
     StepFailedError,
     StepInDoubtError,
+    UnavailableError,
 )
 from runbook_lib.model import Recovery, Status, StepResult
 from runbook_lib.run import Run
@@ -168,6 +172,24 @@ class Step:
         )
         return self._card(run, result)
 
+    def settle_left_over(self, run: Run) -> None:
+        """Say what became of an attempt that was killed or failed, and make none anew: the way back asks.
+
+        Raises:
+            StepInDoubtError: nobody can tell but a person, who settles it.
+            PausedError: its target does not answer.
+        """
+        with lease.held(run):
+            for item in [None] if self.each is None else self.each(run):
+                key = self.key(item)
+                known = run.state.step(key)
+                if known.status is Status.BLOCKED:
+                    raise _blocked(run, key, known.error)
+                if known.status is Status.RUNNING:
+                    self._recover(run, item, key, known)
+                elif known.status is Status.FAILED:
+                    self._look_again(run, item, key, known)
+
     def _settle_before(self, run: Run) -> None:
         """People may have decided since the step in front of this one showed its panel: then it is green now."""
         state = run.state
@@ -196,13 +218,19 @@ class Step:
             state = run.state
             in_doubt = [item for item in items if state.step(self.key(item)).status is Status.RUNNING]
             results = self._in_turn(run, in_doubt, doing)
+            for item in items:
+                known = state.step(self.key(item))
+                if known.status is Status.FAILED and (found := self._look_again(run, item, self.key(item), known)):
+                    results[item] = found
             rest = [item for item in items if item not in results]
             with ThreadPoolExecutor(self.limit(run), thread_name_prefix=self.name) as pool:
-                begun = {item: pool.submit(copy_context().run, doing, item, self._one, run, item) for item in rest}
+                begun = {
+                    item: pool.submit(copy_context().run, doing, item, self._one, run, item, True) for item in rest
+                }
             results.update({item: future.result() for item, future in begun.items()})
         return {item: results[item] for item in items}
 
-    def _one(self, run: Run, item: str | None) -> StepResult:
+    def _one(self, run: Run, item: str | None, looked: bool = False) -> StepResult:  # noqa: FBT001, FBT002
         key = self.key(item)
         state = run.state
         known = state.step(key)
@@ -212,14 +240,17 @@ class Step:
         if known.status is Status.BLOCKED:
             raise _blocked(run, key, known.error)
         with lease.held(run):
-            return self._settle_or_attempt(run, item, key)
+            return self._settle_or_attempt(run, item, key, looked=looked)
 
-    def _settle_or_attempt(self, run: Run, item: str | None, key: str) -> StepResult:
+    def _settle_or_attempt(self, run: Run, item: str | None, key: str, *, looked: bool) -> StepResult:
         known = run.state.step(key)
+        settled = None
         if known.status is Status.RUNNING:
             settled = self._recover(run, item, key, known)
-            if settled is not None:
-                return settled
+        elif known.status is Status.FAILED and not looked:
+            settled = self._look_again(run, item, key, known)
+        if settled is not None:
+            return settled
         if self.ready is not None and not self.ready(run):
             # Gates wait here: before any intent, since waiting is no effect.
             raise PausedError(f"{self.title} is not decided", remedy=f"runbook resume {run.run_id}")
@@ -254,19 +285,8 @@ class Step:
             "pre_state": dict(self.look(*arguments)) if self.look is not None else {},
         }
 
-        def verified(state: RunState) -> None:
-            # Inside the transaction that writes the intent: what was true a moment ago may not be now.
-            now = state.step(key)
-            if now.status in (Status.GREEN, Status.RUNNING, Status.BLOCKED) or now.attempt + 1 != number:
-                raise PausedError(f"{key} was just taken by another executor", remedy=f"runbook status {run.run_id}")
-            self._refuse_out_of_order(run, state)
-            if self.phase not in ("prepare", "review") and not state.locked:
-                raise PausedError(f"run {run.run_id} does not hold {run.release.environment}", remedy="run phase 1")
-            if self.guard is not None:
-                intent["gates"] = dict(self.guard(run, state, self))
-
         started = time.monotonic()
-        run.ledger.append(run.run_id, "step_intent", intent, guard=verified)
+        self._begin(run, key, intent)
         with _attempting(Attempt(key, number, folder)):
             try:
                 result = self.action(*arguments)
@@ -286,6 +306,20 @@ class Step:
                     remedy=f"runbook resume {run.run_id} tries again, runbook rollback {run.run_id} goes back",
                 ) from error
         return self._green(run, key, number, result, time.monotonic() - started)
+
+    def _begin(self, run: Run, key: str, intent: dict[str, Any]) -> None:
+        def verified(state: RunState) -> None:
+            # Inside the transaction that writes the intent: what was true a moment ago may not be now.
+            now = state.step(key)
+            if now.status in (Status.GREEN, Status.RUNNING, Status.BLOCKED) or now.attempt + 1 != intent["attempt"]:
+                raise PausedError(f"{key} was just taken by another executor", remedy=f"runbook status {run.run_id}")
+            self._refuse_out_of_order(run, state)
+            if self.phase not in ("prepare", "review") and not state.locked:
+                raise PausedError(f"run {run.run_id} does not hold {run.release.environment}", remedy="run phase 1")
+            if self.guard is not None:
+                intent["gates"] = dict(self.guard(run, state, self))
+
+        run.ledger.append(run.run_id, "step_intent", intent, guard=verified)
 
     def _green(
         self, run: Run, key: str, number: int, result: StepResult, duration_s: float, settled_by: str = ""
@@ -332,29 +366,90 @@ class Step:
     def _recover(self, run: Run, item: str | None, key: str, known: StepState) -> StepResult | None:
         """Settle an intent without outcome: nothing old may still run, then the probe says."""
         lease.refuse_at_work(run, key, known.intent, known.intent_time)
-        folder = run.folder / known.intent["children"]
-        if processes.is_here(known.intent["executor"]):  # elsewhere they are shut out, or nobody comes to this line
-            processes.wait_for_children(folder, timeout_s=self.timeout_s)
-        fence.end_left_over(run)
+        self._let_left_over_end(run, key, known)
         if self.recovery is Recovery.REPEAT:
             self._write(run, "step_reset", {"step": key, "attempt": known.attempt, "why": "repeatable"})
             return None
         if self.recovery is Recovery.ASK or self.settle is None:
             raise self._block(run, key, known, "only a person can tell whether it happened")
-        arguments = (run,) if item is None else (run, item)
-        with _attempting(Attempt(key, known.attempt, folder / "probe")):
-            try:
-                found = self.settle(*arguments, known.intent)
-            except StepInDoubtError as error:
-                raise self._block(run, key, known, error.message) from error
+        try:
+            found = self._probed(run, item, key, known)
+        except StepInDoubtError as error:
+            raise self._block(run, key, known, error.message) from error
+        except StepFailedError as error:
+            raise self._block(run, key, known, _cannot_tell(run, error)) from error
         if found is None:
             self._write(run, "step_reset", {"step": key, "attempt": known.attempt, "why": "not applied"})
             return None
         return self._green(run, key, known.attempt, found, 0.0, settled_by="probe")
 
+    def _look_again(self, run: Run, item: str | None, key: str, known: StepState) -> StepResult | None:
+        """Ask the probe before a failed attempt is made again: what was ended by its time-out may be half done.
+
+        What it says is an attempt of its own in the ledger, over what the failed one started: killed before it is
+        written, the next executor asks the probe about the same.
+        """
+        if self.settle is None:
+            return None
+        self._let_left_over_end(run, key, known)
+        again = {name: value for name, value in known.intent.items() if name != "epoch"}
+        again |= {"attempt": known.attempt + 1, "executor": processes.me(), "settles": known.attempt}
+        try:
+            found = self._probed(run, item, key, known)
+        except StepInDoubtError as error:
+            self._begin(run, key, again)
+            raise self._block(run, key, run.state.step(key), error.message) from error
+        except StepFailedError:
+            return None  # it could look, and what is there is still not right
+        if found is None:
+            return None
+        self._begin(run, key, again)
+        return self._green(run, key, known.attempt + 1, found, 0.0, settled_by="probe")
+
+    def _probed(self, run: Run, item: str | None, key: str, known: StepState) -> StepResult | None:
+        """What the probe says.
+
+        Raises:
+            PausedError: its target does not answer; nothing is changed.
+            StepInDoubtError: it cannot tell, or it broke.
+            StepFailedError: it could look, and what is there is not what it should be.
+        """
+        assert self.settle is not None  # noqa: S101  # the callers looked
+        arguments = (run,) if item is None else (run, item)
+        with _attempting(Attempt(key, known.attempt, run.folder / known.intent["children"] / "probe")):
+            try:
+                return self.settle(*arguments, known.intent)
+            except (UnavailableError, DeniedError, psycopg.OperationalError) as error:
+                raise _unseen(run, key, error) from error
+            except (PausedError, StepFailedError):
+                raise
+            except Exception as error:  # whatever it is, it says nothing of the effect
+                raise StepInDoubtError(_cannot_tell(run, error)) from error
+
+    def _let_left_over_end(self, run: Run, key: str, known: StepState) -> None:
+        if processes.is_here(known.intent["executor"]):  # elsewhere they are shut out, or nobody comes to this line
+            processes.wait_for_children(run.folder / known.intent["children"], timeout_s=self.timeout_s)
+        try:
+            fence.end_left_over(run)
+        except (StepFailedError, psycopg.OperationalError) as error:
+            raise _unseen(run, key, error) from error
+
     def _block(self, run: Run, key: str, known: StepState, why: str) -> StepInDoubtError:
         self._write(run, "step_blocked", {"step": key, "attempt": known.attempt, "why": why})
         return _blocked(run, key, why)
+
+
+def _cannot_tell(run: Run, error: Exception) -> str:
+    said = error.message if isinstance(error, RunbookError) else f"{type(error).__name__}: {error}"
+    return f"its probe cannot tell: {run.secrets.redacted(' '.join(said.split()))[:1000]}"
+
+
+def _unseen(run: Run, key: str, error: Exception) -> PausedError:
+    said = error.message if isinstance(error, RunbookError) else " ".join(str(error).split())
+    return PausedError(
+        f"{key} was started, and what became of it cannot be seen now: {run.secrets.redacted(said)[:600]}",
+        remedy=f"mend that, then runbook resume {run.run_id}: nothing was changed meanwhile",
+    )
 
 
 def _blocked(run: Run, key: str, why: str) -> StepInDoubtError:

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class GitRepository:
             report = None
         return report if isinstance(report, dict) and "status" in report else {"status": "unreadable"}
 
-    def freeze(self, run_id: str, why: str) -> None:
+    def freeze(self, run_id: str, why: str, *, sure: Callable[[], None] = lambda: None) -> None:
         """See `ports.Repository`: writes the file that the repository's update hook looks for.
 
         The file appears whole or not at all, and only when there is none: of two runs at once one wins.
@@ -100,6 +100,7 @@ class GitRepository:
                 file.flush()
                 os.fsync(file.fileno())
             draft.chmod(0o644)
+            sure()
             path.hardlink_to(draft)
             sync_folder(path.parent)
         except FileExistsError:
@@ -158,7 +159,9 @@ class GitRepository:
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
-    def add_changelog(self, entry: str, *, path: str, branch: str, key: str) -> str:
+    def add_changelog(
+        self, entry: str, *, path: str, branch: str, key: str, sure: Callable[[], None] = lambda: None
+    ) -> str:
         """See `ports.Repository`.
 
         Raises:
@@ -172,6 +175,7 @@ class GitRepository:
                 return known
             head = self._git(git.commit_of_branch(mirror, branch)).strip()
             commit = self._commit(mirror, head, entry, path, key)
+            sure()
             done = self._run(git.push(mirror, self.url, commit, branch))
             if done.returncode == 0:
                 return commit

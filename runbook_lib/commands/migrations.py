@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from runbook_lib.errors import UsageError
 from runbook_lib.model import Command
@@ -12,7 +13,7 @@ from runbook_lib.model import Command
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One database as one role sees it; the password is in `passfile`."""
+    """One database as one role sees it; the password is in `passfile`, `options` are the server's for each session."""
 
     host: str
     port: int
@@ -20,6 +21,7 @@ class Target:
     database: str
     passfile: str
     lock_timeout_s: float
+    options: str = ""
 
     @property
     def url(self) -> str:
@@ -101,6 +103,8 @@ def transactional(path: Path) -> bool:
 
 def _dbmate(executable: str, target: Target, folder: Path, timeout_s: float, verb: str) -> Command:
     url = f"{target.url}{'&' if '?' in target.url else '?'}lock_timeout={target.lock_timeout_ms}"
+    if target.options:
+        url += f"&options={quote(target.options, safe='')}"
     argv = (executable, "--no-dump-schema", "--migrations-dir", str(folder), "--url", url, verb)
     return Command(argv, timeout_s=timeout_s, env=target.env)
 
@@ -111,6 +115,6 @@ def _rails(executable: str, target: Target, tree: Path, timeout_s: float, task: 
         "DATABASE_URL": target.url,
         "RAILS_ENV": "production",
         # In the URL Rails would drop it without a word: it knows only libpq's own names there.
-        "PGOPTIONS": f"-c lock_timeout={target.lock_timeout_ms}",
+        "PGOPTIONS": f"-c lock_timeout={target.lock_timeout_ms} {target.options}".rstrip(),
     }
     return Command((executable, task), timeout_s=timeout_s, env=env, cwd=tree)

@@ -72,7 +72,7 @@ def announce_start(run: Run) -> StepResult:
 
 @announce_start.probe
 def _announced(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    address = run.services.chat.find(run.key("announce_start"))
+    address = outward.found(lambda: run.services.chat.find(run.key("announce_start")))
     return None if address is None else StepResult(facts={"address": address, "found": "after an interruption"})
 
 

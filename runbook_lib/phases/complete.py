@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import maintenance, outward
+from runbook_lib import fence, maintenance, outward
 from runbook_lib.adapters.git import FREEZE_FILE
 from runbook_lib.clock import utc_now
 from runbook_lib.errors import StepFailedError
@@ -32,8 +33,12 @@ _MOST_CHANGES = 30
     way_back="maintenance on again",
 )
 def lift_maintenance(run: Run) -> StepResult:
-    """The front door takes writes again, proved from outside."""
-    known = _open(run)
+    """The front door takes writes again, proved from outside.
+
+    That shows nothing of the workers: only the playbook that ended well wakes them, here or before the watch.
+    """
+    lifted = run.params.maintenance.lift == "before_watch" and run.state.green("verify.open_for_users")
+    known = _open(run) if lifted else None
     if known is not None:
         return StepResult(facts={"maintenance": "was off already: lifted before the watch", **known})
     maintenance.turn_off(run)
@@ -42,8 +47,7 @@ def lift_maintenance(run: Run) -> StepResult:
 
 @lift_maintenance.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    known = _open(run)
-    return None if known is None else StepResult(facts={"maintenance": "off", **known})
+    return None  # the playbook sets a state, and open doors say nothing of the workers behind them
 
 
 def _open(run: Run) -> dict[str, Any] | None:
@@ -72,8 +76,9 @@ def _(run: Run) -> list[tuple[str, ...]]:
 )
 def smoke_after_lifting(run: Run) -> StepResult:
     """Without the bypass: what a user meets. Red closes the door again and fails the run."""
-    if _open(run) is None:
-        maintenance.turn_off(run)  # a red attempt before this one closed the door
+    again = run.state.step("complete.smoke_after_lifting").attempt > 1
+    if again or _open(run) is None:
+        maintenance.turn_off(run)  # an attempt before this one closed the door, or a part of it
     try:
         result = run_smoke(run, run.release.commit, bypass=False, name="after-lifting")
     except StepFailedError as error:
@@ -171,7 +176,8 @@ def update_changelog(run: Run) -> StepResult:
 
 @update_changelog.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    commit = run.services.repository.find_changelog(branch=run.params.repository.branch, key=run.key("changelog"))
+    branch, key = run.params.repository.branch, run.key("changelog")
+    commit = outward.found(lambda: run.services.repository.find_changelog(branch=branch, key=key))
     return None if commit is None else StepResult(facts=_changelog_facts(run, commit))
 
 
@@ -186,7 +192,11 @@ def _changelog(run: Run) -> dict[str, Any]:
     day = run.state.opened_time[:10]
     entry = f"## {run.release.version} - released to {run.release.environment} {day}\n{_listed(run)}"
     commit = run.services.repository.add_changelog(
-        entry, path=repository.changelog, branch=repository.branch, key=run.key("changelog")
+        entry,
+        path=repository.changelog,
+        branch=repository.branch,
+        key=run.key("changelog"),
+        sure=partial(fence.refuse_stale, run),
     )
     return _changelog_facts(run, commit)
 
@@ -203,8 +213,10 @@ def publish_pages(run: Run) -> StepResult:
 
 @publish_pages.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    found = {title: run.services.pages.find(run.key(what)) for what, (title, _) in _pages(run).items()}
-    return StepResult(facts=found) if all(found.values()) else None
+    found = outward.found(
+        lambda: {title: run.services.pages.find(run.key(what)) for what, (title, _) in _pages(run).items()}
+    )
+    return StepResult(facts=found) if found is not None and all(found.values()) else None
 
 
 @publish_pages.plan
@@ -258,7 +270,7 @@ def close_ticket(run: Run) -> StepResult:
 
 @close_ticket.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    address = run.services.tickets.find(run.key("ticket"))
+    address = outward.found(lambda: run.services.tickets.find(run.key("ticket")))
     return None if address is None else StepResult(facts=_ticket_facts(run, address))
 
 

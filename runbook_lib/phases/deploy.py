@@ -80,6 +80,7 @@ def found_on(run: Run, host: str, commit: str) -> StepResult | None:
         and params.balanced
         and not any(b.name == host and b.state == "ready" for b in balancer.backends())
     ):
+        fence.refuse_stale(run)
         balancer.ready(host)
     return StepResult(facts={"commit": commit, "found": "after an interruption"})
 

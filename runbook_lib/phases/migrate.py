@@ -16,6 +16,8 @@ from runbook_lib.model import Recovery, StepResult
 from runbook_lib.run import Run
 from runbook_lib.step import step
 
+SCHEMA_BEFORE = "migrate/schema-before.json"
+
 
 def _status_command(run: Run, database: str) -> Any:
     m = run.params.migrations
@@ -128,10 +130,15 @@ def check_long_transactions(run: Run) -> StepResult:
 def record_schema(run: Run) -> StepResult:
     """Write down which migrations production has: the way back undoes only what comes after this line.
 
-    It worked when the versions are shown. It is taken before the first migration and never again.
+    It worked when the versions are shown. It is taken before the first migration and never again. Beside them every
+    object of the schema is written down, so that going back can say whether it is as before.
     """
-    versions = migration.applied_versions(run, run.params.database.production)
-    return StepResult(facts={"versions": versions, "latest": versions[-1] if versions else None})
+    production = run.params.database.production
+    versions = migration.applied_versions(run, production)
+    objects = migration.schema_objects(run, production)
+    kept = run.keep(SCHEMA_BEFORE, json.dumps(objects, indent=1, sort_keys=True))
+    facts = {"versions": versions, "latest": versions[-1] if versions else None, "schema objects": len(objects)}
+    return StepResult(facts=facts, artifacts=(kept,))
 
 
 @step(

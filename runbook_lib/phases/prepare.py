@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
-from runbook_lib import outward, room
+from runbook_lib import fence, outward, room
 from runbook_lib.adapters import http
 from runbook_lib.commands import archive_files, git
 from runbook_lib.errors import StepFailedError
@@ -125,8 +126,9 @@ def freeze_merges(run: Run) -> StepResult:
     holder = run.services.repository.frozen_by()
     left = next((s for s in run.ledger.runs() if s.run_id == holder and s.ended), None)
     if left is not None:
+        fence.refuse_stale(run)
         run.services.repository.lift_freeze(left.run_id)
-    run.services.repository.freeze(run.run_id, _why(run))
+    run.services.repository.freeze(run.run_id, _why(run), sure=partial(fence.refuse_stale, run))
     if run.services.repository.frozen_by() != run.run_id:
         raise StepFailedError("the freeze does not stand although it was set", remedy="look at the git host")
     taken_over = {} if left is None else {"taken over from": f"{left.run_id}, {left.ended}"}
@@ -191,7 +193,7 @@ def schedule_window(run: Run) -> StepResult:
 
 @schedule_window.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    address = run.services.calendar.find(run.key("window"))
+    address = outward.found(lambda: run.services.calendar.find(run.key("window")))
     return None if address is None else StepResult(facts=_window_facts(run, address))
 
 

@@ -241,7 +241,7 @@ def close_release(run: Run) -> StepResult:
 
 @close_release.probe
 def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    address = run.services.tracker.find(run.run_id)
+    address = outward.found(lambda: run.services.tracker.find(run.run_id))
     return None if address is None else StepResult(facts={**_row(run), "address": address})
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 from functools import partial
 
-from runbook_lib import lease, maintenance, migration, outward
-from runbook_lib.adapters import http, processes
+from runbook_lib import fence, lease, maintenance, migration, outward
+from runbook_lib.adapters import catalogue, http, processes
 from runbook_lib.errors import StepFailedError
 from runbook_lib.model import Recovery, Status, StepResult
-from runbook_lib.phases import deploy
+from runbook_lib.phases import deploy, migrate
 from runbook_lib.run import Run
 from runbook_lib.smoke import run_smoke
 from runbook_lib.step import step
 
+_MOST_SHOWN = 10  # objects of a schema
 _LEFT_OVER_S = 1800.0  # the longest that a command of a killed executor is waited for
 
 
@@ -131,16 +132,8 @@ def announce_rollback(run: Run) -> StepResult:
 
 @announce_rollback.probe
 def _rollback_announced(run: Run, intent: object) -> StepResult | None:
-    address = _said(run, "announce_rollback")
+    address = outward.found(lambda: run.services.chat.find(run.key("announce_rollback")))
     return None if address is None else StepResult(facts={"address": address})
-
-
-def _said(run: Run, what: str) -> str | None:
-    """The address of a message; None when it is not there or nobody answers: posting it again says nothing twice."""
-    try:
-        return run.services.chat.find(run.key(what))
-    except StepFailedError:
-        return None
 
 
 @_undo("Refuse writes while going back", recovery=Recovery.REPEAT, owner="Ops", expected_s=4.0)
@@ -174,8 +167,11 @@ def restore_schema(run: Run) -> StepResult:
     """Undo exactly the migrations that this release applied, newest first; never one of the previous release's.
 
     It worked when schema_migrations is what was recorded before. Each undo looks at the newest row first, so a second
-    run goes on where the first stopped. A dump is never restored from here.
+    run goes on where the first stopped. What may be half done outside a transaction is a person's to settle first:
+    no undo is written for that. A dump is never restored from here.
     """
+    if touched(run, "migrate.migrate_production"):
+        migrate.migrate_production.settle_left_over(run)
     before = run.state.fact("migrate.record_schema", "versions")
     if before is None and touched(run, "migrate.migrate_production"):
         raise StepFailedError(
@@ -192,9 +188,28 @@ def restore_schema(run: Run) -> StepResult:
             raise StepFailedError(
                 f"the schema is {now}, it was {before}", remedy="let a DBA look; nothing else was touched"
             )
-    return StepResult(
-        facts={"undone now, newest first": undone, "schema": "was not touched" if before is None else "as before"}
+    return (
+        _compared(run, {"undone now, newest first": undone})
+        if before is not None
+        else StepResult(facts={"undone now, newest first": undone, "schema": "was not touched"})
     )
+
+
+def _compared(run: Run, facts: dict[str, object]) -> StepResult:
+    """The facts with whether the schema is as before; what no migration's undo puts back is named, and is not green.
+
+    It is no failure: a partition that came by itself is such a difference, and users wait to be let in.
+    """
+    recorded = run.folder / "artifacts" / migrate.SCHEMA_BEFORE
+    if not recorded.is_file():  # recorded by an older version
+        return StepResult(facts={**facts, "schema": "its migrations are as before; its objects were not recorded"})
+    now = migration.schema_objects(run, run.params.database.production)
+    found = catalogue.differences(json.loads(recorded.read_text()), now)
+    if not found:
+        return StepResult(facts={**facts, "schema": "as before"})
+    more = f" and {len(found) - _MOST_SHOWN} more" if len(found) > _MOST_SHOWN else ""
+    said = f"its migrations are as before; it is not: {', '.join(found[:_MOST_SHOWN])}{more}"
+    return StepResult(facts={**facts, "schema": said}, verdict="inconclusive")
 
 
 @_undo("Lift the write fence and the read-only mode", recovery=Recovery.REPEAT, owner="Ops", expected_s=5.0)
@@ -231,14 +246,13 @@ def prove_previous(run: Run) -> StepResult:
         raise StepFailedError(
             "the write fence is still in the database", remedy="ALTER ROLE … RESET default_transaction_read_only"
         )
-    return StepResult(
-        facts={
-            "commit": commit,
-            "served by": list(said),
-            "schema": now[-1] if now else "empty",
-            **maintenance.prove_open(run),
-        }
-    )
+    facts = {
+        "commit": commit,
+        "served by": list(said),
+        "newest migration": now[-1] if now else "none",
+        **maintenance.prove_open(run),
+    }
+    return StepResult(facts=facts) if before is None else _compared(run, facts)
 
 
 @_undo("Run the previous release's smoke tests", recovery=Recovery.REPEAT, owner="QA", expected_s=3.0)
@@ -253,6 +267,7 @@ def smoke_tests_again(run: Run) -> StepResult:
 @_undo("Lift the merge freeze", recovery=Recovery.REPEAT, owner="Dev", expected_s=0.2)
 def lift_freeze(run: Run) -> StepResult:
     """The fix must be mergeable. Another run's freeze is left alone, so a second run changes nothing."""
+    fence.refuse_stale(run)
     run.services.repository.lift_freeze(run.run_id)
     return StepResult(facts={"frozen by": run.services.repository.frozen_by() or "nobody"})
 
@@ -273,11 +288,11 @@ def incident_note(run: Run) -> StepResult:
 
 @incident_note.probe
 def _noted(run: Run, intent: object) -> StepResult | None:
-    address = _said(run, "incident")
-    path = run.artifact_path("rollback/incident.md")
-    if address is None or not path.is_file():  # another machine wrote it: written again, and not said again
+    address = outward.found(lambda: run.services.chat.find(run.key("incident")))
+    note = run.artifact_path("rollback/incident.md")
+    if address is None or not note.is_file():  # another machine wrote it: here it is written again, and said once
         return None
-    return StepResult(facts={"address": address}, artifacts=(run.describe(path),))
+    return StepResult(facts={"address": address}, artifacts=(run.describe(note),))
 
 
 def _note(run: Run) -> str:

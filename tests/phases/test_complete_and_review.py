@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
+from rehearsal import supervisor
 from runbook_lib import lease, maintenance
+from runbook_lib.adapters import processes
 from runbook_lib.adapters.git import FREEZE_FILE
 from runbook_lib.errors import StepFailedError
-from runbook_lib.model import Event
+from runbook_lib.model import Event, StepResult
 from runbook_lib.phases import complete, prepare, review
+from runbook_lib.run import Run
 from tests.phases.conftest_backup import Opened, opened, twin  # noqa: F401  # fixtures
 
 Open = Callable[..., Opened]
@@ -80,10 +83,40 @@ def test_red_smoke_after_lifting_closes_the_door_again(opened: Open) -> None:  #
             maintenance.turn_off(one.run)
 
 
-def test_lifting_what_was_lifted_before_the_watch(running: Opened) -> None:
-    result = complete.lift_maintenance(running.run)
+def _green(run: Run, key: str) -> None:
+    """A step as another process would have left it."""
+    phase = key.partition(".")[0]
+    intent = {"step": key, "phase": phase, "attempt": 1, "executor": processes.me(), "children": "logs/x"}
+    run.ledger.append(run.run_id, "step_intent", intent)
+    outcome = {"step": key, "attempt": 1, "status": "green", "result": StepResult().as_json()}
+    run.ledger.append(run.run_id, "step_outcome", outcome)
+
+
+def test_lifting_what_was_lifted_before_the_watch(opened: Open) -> None:  # noqa: F811
+    run = opened("running", maintenance__lift="before_watch", rollback__automatic="true").run
+    run.ledger.take_lock(run.run_id, "rehearsal")
+    _green(run, "verify.open_for_users")
+
+    result = complete.lift_maintenance(run)
 
     assert "lifted before the watch" in result.facts["maintenance"]
+
+
+def test_a_worker_that_rests_behind_open_doors_is_woken(
+    running: Opened,
+    twin: dict[str, Any],  # noqa: F811
+) -> None:
+    run = running.run
+    with lease.held(run):
+        maintenance.turn_on(run)
+    for host in run.params.hosts.web:  # somebody lowered the flags by hand
+        (Path(twin["hosts"][host]["home"]) / "shared" / "maintenance").unlink()
+    assert maintenance.prove_open(run)
+    assert supervisor.state_of(Path(twin["dir"]), "worker-01") == "STOPPED"
+
+    complete.lift_maintenance(run)
+
+    assert supervisor.state_of(Path(twin["dir"]), "worker-01") == "RUNNING"
 
 
 def test_what_cannot_be_delivered_fails_nothing_and_is_delivered_by_the_review(running: Opened) -> None:

@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from runbook_lib import fence, lease, wiring
 from runbook_lib.errors import FencedError, PausedError, StepInDoubtError, UsageError
+from runbook_lib.migration import applied_versions, undo
 from runbook_lib.model import Command, Status
-from runbook_lib.phases import deploy, migrate, prepare
+from runbook_lib.phases import deploy, migrate, prepare, rollback
 from runbook_lib.run import Run
 from tests.phases.conftest_backup import PROJECT, Opened, opened, twin  # noqa: F401  # fixtures
 from tests.project import wait_until
@@ -35,7 +37,8 @@ from runbook_lib.adapters import processes
 here = processes._machine()
 processes._machine = lambda: {**here, "host": sys.argv[4]}
 def stall(event, words):
-    about = {"subprocess.Popen": words[1:2], "urllib.Request": (words[:1],)}.get(event, ())
+    opened = (words[:1],) if sys.argv[3].startswith(".") else ()
+    about = {"subprocess.Popen": words[1:2], "urllib.Request": (words[:1],), "open": opened}.get(event, ())
     if any(sys.argv[3] in str(word) for argv in about for word in argv):
         os.kill(os.getpid(), signal.SIGSTOP)
 phase, name = sys.argv[2].split(".")
@@ -50,7 +53,7 @@ step(wiring.attach(sys.argv[1]))
 
 @contextmanager
 def stalled(run: Run, step: str, program: str, *, host: str = "laptop") -> Iterator[subprocess.Popen[str]]:
-    """An executor of a step that was stopped just before it starts a program, or sends a request."""
+    """An executor of a step that was stopped just before it starts a program, opens a file or sends a request."""
     argv = (sys.executable, "-c", _STALLS, run.run_id, step, program, host)
     with subprocess.Popen(argv, cwd=PROJECT, stderr=subprocess.PIPE, text=True) as process:
 
@@ -116,8 +119,6 @@ def test_a_stalled_deployment_that_wakes_up_after_a_takeover_changes_nothing(
 
 
 def test_a_stalled_migration_loses_its_lock_and_the_new_one_is_done_once(locked: Run) -> None:
-    from runbook_lib.migration import applied_versions, undo
-
     production = locked.params.database.production
     before = applied_versions(locked, production)
     with stalled(locked, "migrate.migrate_production", "dbmate") as old:
@@ -133,6 +134,68 @@ def test_a_stalled_migration_loses_its_lock_and_the_new_one_is_done_once(locked:
     with lease.held(locked):
         for version in reversed(after[len(before) :]):
             undo(locked, version)
+
+
+def test_a_stalled_migration_that_wakes_up_after_the_way_back_changes_nothing(locked: Run) -> None:
+    production = locked.params.database.production
+    before = applied_versions(locked, production)
+    migrate.record_schema(locked)
+    with stalled(locked, "migrate.migrate_production", "dbmate") as old:
+        lease.take_over(locked, reason="asleep")
+        locked.ledger.append(locked.run_id, "rollback_requested", {"reason": "asleep"})
+        assert rollback.restore_schema(locked).facts["schema"] == "as before"
+
+        said = woken(old)
+
+    assert applied_versions(locked, production) == before
+    assert "FencedError" in said
+
+
+def test_a_program_is_let_into_a_database_under_the_living_epoch_alone_and_as_who_it_would_be(locked: Run) -> None:
+    d = locked.params.database
+
+    def who(options: str) -> tuple[Any, ...] | None:
+        with psycopg.connect(
+            host=d.host, port=d.port, user=d.migrate_role, dbname=d.production, passfile=d.passfile, options=options
+        ) as session:
+            return session.execute("SELECT current_user, session_user").fetchone()
+
+    def roles() -> set[str]:
+        with locked.services.database.connect(d.admin_role, d.production, application="test") as session:
+            return {row[0] for row in session.execute("SELECT rolname FROM pg_roles")}
+
+    before = roles()
+    with lease.held(locked):
+        with fence.admitting(locked, d.production, d.migrate_role) as options:
+            assert who(options) == (d.migrate_role, d.migrate_role)
+            with fence.admitting(locked, d.staging, d.migrate_role) as elsewhere:
+                assert elsewhere != options
+            assert who(options) == (d.migrate_role, d.migrate_role)
+        with pytest.raises(psycopg.OperationalError, match=r'role "runbook_.*" does not exist'):
+            who(options)
+    assert roles() == before
+
+
+def test_who_becomes_the_owner_at_login_still_does_when_let_in(locked: Run) -> None:
+    d = locked.params.database
+    with locked.services.database.connect(d.admin_role, d.production, application="test") as admin:
+        admin.execute('CREATE ROLE "the shop owner"')
+        try:
+            admin.execute(f'GRANT "the shop owner" TO {d.migrate_role}')
+            admin.execute(f"ALTER ROLE {d.migrate_role} IN DATABASE {d.production} SET role = 'the shop owner'")
+            with lease.held(locked), fence.admitting(locked, d.production, d.migrate_role) as options:
+                with psycopg.connect(
+                    host=d.host,
+                    port=d.port,
+                    user=d.migrate_role,
+                    dbname=d.production,
+                    passfile=d.passfile,
+                    options=options,
+                ) as session:
+                    assert session.execute("SELECT current_user").fetchone() == ("the shop owner",)
+        finally:
+            admin.execute(f"ALTER ROLE {d.migrate_role} IN DATABASE {d.production} RESET role")
+            admin.execute('DROP ROLE "the shop owner"')
 
 
 def test_two_executors_are_never_in_one_database_at_once(locked: Run) -> None:
@@ -245,11 +308,31 @@ def test_a_stalled_deployment_that_wakes_up_takes_no_host_from_the_users(locked:
     take_back(locked)
 
 
+def test_a_stalled_freeze_that_wakes_up_does_not_freeze_again(locked: Run) -> None:
+    with stalled(locked, "prepare.freeze_merges", ".runbook-freeze.json.") as old:
+        lease.take_over(locked, reason="asleep")
+        prepare.freeze_merges(locked)
+        locked.services.repository.lift_freeze(locked.run_id)
+
+        assert "FencedError" in woken(old)
+
+    assert locked.services.repository.frozen_by() is None
+
+
+def test_a_stalled_changelog_that_wakes_up_is_not_pushed(locked: Run) -> None:
+    with stalled(locked, "complete.update_changelog", "commit-tree") as old:
+        lease.take_over(locked, reason="asleep")
+
+        assert "FencedError" in woken(old)
+
+    branch, key = locked.params.repository.branch, locked.key("changelog")
+    assert locked.services.repository.find_changelog(branch=branch, key=key) is None
+
+
 def test_a_migration_outside_a_transaction_that_another_machine_left_is_not_begun_again(
     locked: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from runbook_lib.commands import migrations
-    from runbook_lib.migration import applied_versions
 
     monkeypatch.setattr(migrations, "transactional", lambda _path: False)
     before = applied_versions(locked, locked.params.database.production)

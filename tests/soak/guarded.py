@@ -48,14 +48,16 @@ _T_DURABLE, _T_PROCESSES, _T_ARCHIVE = (
 )
 _T_SIGNATURES, _T_HOST_FENCE = (f"tests/unit/test_{name}.py::test_" for name in ("signatures", "host_fence"))
 _T_OBJECTS, _T_MIRROR = (f"tests/contracts/test_{name}.py::test_" for name in ("objects", "mirror"))
-_T_BACKUP, _T_FENCE, _T_OPENING = (f"tests/phases/test_{name}.py::test_" for name in ("backup", "fence", "opening"))
+_T_BACKUP, _T_FENCE, _T_OPENING, _T_HALF_DONE = (
+    f"tests/phases/test_{name}.py::test_" for name in ("backup", "fence", "opening", "half_done")
+)
 
 _STEPS = (
     Guard(
         "the intent is committed before the effect",
         _STEP,
         """\
-        run.ledger.append(run.run_id, "step_intent", intent, guard=verified)
+        self._begin(run, key, intent)
         with _attempting(Attempt(key, number, folder)):
             try:
                 result = self.action(*arguments)
@@ -64,7 +66,7 @@ _STEPS = (
         with _attempting(Attempt(key, number, folder)):
             try:
                 result = self.action(*arguments)
-                run.ledger.append(run.run_id, "step_intent", intent, guard=verified)
+                self._begin(run, key, intent)
 """,
         (f"{_T_STEP}the_intent_is_committed_before_the_effect",),
     ),
@@ -95,8 +97,8 @@ _STEPS = (
     Guard(
         "a blocked step waits for a person",
         _STEP,
-        "if known.status is Status.BLOCKED:",
-        "if False:",
+        "        if known.status is Status.BLOCKED:\n            raise _blocked(run, key, known.error)\n        with",
+        "        with",
         (f"{_T_STEP}a_blocked_step_waits_for_a_person",),
     ),
     Guard(
@@ -116,7 +118,7 @@ _STEPS = (
     Guard(
         "of two executors that begin a step one does it",
         _STEP,
-        "if now.status in (Status.GREEN, Status.RUNNING, Status.BLOCKED) or now.attempt + 1 != number:",
+        'if now.status in (Status.GREEN, Status.RUNNING, Status.BLOCKED) or now.attempt + 1 != intent["attempt"]:',
         "if False:",
         (f"{_T_STEP}of_two_that_begin_a_step_at_once_one_does_it",),
     ),
@@ -151,7 +153,7 @@ _STEPS = (
     Guard(
         "commands that outlived their executor are waited for before the probe looks",
         _STEP,
-        "            processes.wait_for_children(folder, timeout_s=self.timeout_s)\n",
+        '            processes.wait_for_children(run.folder / known.intent["children"], timeout_s=self.timeout_s)\n',
         "            pass\n",
         (
             f"{_T_STEP}a_command_that_outlived_its_executor_has_ended_before_the_probe_looks",
@@ -161,9 +163,48 @@ _STEPS = (
     Guard(
         "database sessions that outlived their executor are ended before the probe looks",
         _STEP,
-        "        fence.end_left_over(run)\n",
-        "",
+        "            fence.end_left_over(run)\n",
+        "            pass\n",
         (f"{_T_STEP}a_session_that_outlived_its_executor_has_ended_before_the_probe_looks",),
+    ),
+    Guard(
+        "the probe is asked before a failed attempt is made again",
+        _STEP,
+        "elif known.status is Status.FAILED and not looked:",
+        "elif False:",
+        (
+            f"{_T_STEP}a_failed_attempt_that_may_be_half_done_waits_for_a_person",
+            f"{_T_STEP}a_failed_attempt_whose_effect_is_there_after_all_is_not_made_again",
+            f"{_T_HALF_DONE}a_migration_that_its_time_out_ended_half_done_is_not_begun_again",
+        ),
+    ),
+    Guard(
+        "a probe whose target does not answer changes nothing",
+        _STEP,
+        "except (UnavailableError, DeniedError, psycopg.OperationalError) as error:",
+        "except ZeroDivisionError as error:",
+        (f"{_T_STEP}a_target_that_does_not_answer_pauses_and_changes_nothing",),
+    ),
+    Guard(
+        "a probe that breaks tells nothing",
+        _STEP,
+        "raise StepInDoubtError(_cannot_tell(run, error)) from error",
+        "return None",
+        (f"{_T_STEP}a_probe_that_breaks_tells_nothing[KeyError('facts')]",),
+    ),
+    Guard(
+        "the way back does not pass over a migration that may be half done",
+        "runbook_lib/phases/rollback.py",
+        "        migrate.migrate_production.settle_left_over(run)",
+        "        pass",
+        (f"{_T_HALF_DONE}the_way_back_does_not_pass_over_a_migration_that_may_be_half_done",),
+    ),
+    Guard(
+        "a schema is called as before when its objects are",
+        "runbook_lib/phases/rollback.py",
+        "    if not found:",
+        "    if True:",
+        (f"{_T_HALF_DONE}what_is_not_as_before_is_named_though_somebody_said_so",),
     ),
     Guard(
         "what only a person can tell is not done again",
@@ -434,6 +475,55 @@ _EXECUTORS = (
         'session.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))',
         "pass",
         (f"{_T_FENCE}two_executors_are_never_in_one_database_at_once",),
+    ),
+    Guard(
+        "a newer executor lets no program of an older one into a database",
+        _FENCE,
+        "            _admit_nobody(session, name)\n        yield session",
+        "        yield session",
+        (f"{_T_FENCE}a_stalled_migration_that_wakes_up_after_the_way_back_changes_nothing",),
+    ),
+    Guard(
+        "who was overtaken freezes no merges",
+        "runbook_lib/phases/prepare.py",
+        ", sure=partial(fence.refuse_stale, run)",
+        "",
+        (f"{_T_FENCE}a_stalled_freeze_that_wakes_up_does_not_freeze_again",),
+    ),
+    Guard(
+        "who was overtaken pushes no changelog",
+        "runbook_lib/phases/complete.py",
+        "sure=partial(fence.refuse_stale, run),",
+        "",
+        (f"{_T_FENCE}a_stalled_changelog_that_wakes_up_is_not_pushed",),
+    ),
+    Guard(
+        "who was overtaken says nothing to people outside",
+        "runbook_lib/outward.py",
+        "    fence.refuse_stale(run)",
+        "    pass",
+        ("tests/unit/test_outward.py::test_who_was_overtaken_says_nothing_any_more",),
+    ),
+    Guard(
+        "open doors do not stand for the workers behind them",
+        "runbook_lib/phases/complete.py",
+        "known = _open(run) if lifted else None",
+        "known = _open(run)",
+        ("tests/phases/test_complete_and_review.py::test_a_worker_that_rests_behind_open_doors_is_woken",),
+    ),
+    Guard(
+        "a migration tool's own sessions are behind the fence",
+        "runbook_lib/migration.py",
+        "command(replace(known, options=options))",
+        "command(known)",
+        (f"{_T_FENCE}a_stalled_migration_that_wakes_up_after_the_way_back_changes_nothing",),
+    ),
+    Guard(
+        "a program is let into a database only as long as its executor is at work there",
+        _FENCE,
+        "                _admit_nobody(session, name)",
+        "                pass",
+        (f"{_T_FENCE}a_program_is_let_into_a_database_under_the_living_epoch_alone_and_as_who_it_would_be",),
     ),
 )
 

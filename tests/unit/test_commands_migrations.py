@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,16 @@ def test_rails_gets_its_lock_time_out_where_rails_does_not_drop_it() -> None:
         "RAILS_ENV": "production",
         "PGOPTIONS": "-c lock_timeout=800",
     }
+
+
+def test_what_lets_a_session_in_is_asked_for_by_each_session_of_either_tool() -> None:
+    at = replace(REMOTE, options="-c role=runbook_1 -c role=none")
+
+    dbmate = migrations.up("dbmate", "dbmate", at, tree=TREE, directory="m", timeout_s=9)
+    rails = migrations.down("rails", "bin/rails", at, tree=TREE, directory="m", timeout_s=9, version="20260101")
+
+    assert dbmate.argv[-2].endswith("?lock_timeout=800&options=-c%20role%3Drunbook_1%20-c%20role%3Dnone")
+    assert rails.env["PGOPTIONS"] == "-c lock_timeout=800 -c role=runbook_1 -c role=none"
 
 
 def test_rails_undoes_the_version_that_it_is_told() -> None:

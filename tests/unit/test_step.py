@@ -10,9 +10,17 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import fence, lease
+from runbook_lib import fence, fsck, lease
 from runbook_lib.adapters import processes
-from runbook_lib.errors import LedgerUnavailableError, PausedError, StepFailedError, StepInDoubtError
+from runbook_lib.errors import (
+    DeniedError,
+    LedgerUnavailableError,
+    PausedError,
+    StepFailedError,
+    StepInDoubtError,
+    UnavailableError,
+    UsageError,
+)
 from runbook_lib.ledger import Ledger
 from runbook_lib.model import Recovery, Status, StepResult
 from runbook_lib.run import Run
@@ -189,6 +197,121 @@ def test_what_only_a_person_can_tell_is_not_done_again(run_with_database: Run) -
         acts.step(recovery=Recovery.ASK)(run)
 
     assert (acts.times, run.state.step(KEY).status) == (0, Status.BLOCKED)
+
+
+def broken_rules(run: Run) -> list[str]:
+    """What of its invariants the run's story breaks."""
+    return [str(finding) for finding in fsck.examine(list(run.ledger.events(run.run_id)), None) if not finding.ok]
+
+
+class Seen:
+    """A step that fails once and acts from then on, and what its probe says when it is asked."""
+
+    def __init__(self, says: StepResult | Exception | None) -> None:
+        self.acts, self.asked, self.says = Acts(self.fail_first), list[Mapping[str, Any]](), says
+        self.made = self.acts.step(recovery=Recovery.PROBE)
+        self.made.probe(self.probe)
+
+    def fail_first(self, run: Run) -> None:
+        if self.acts.times == 1:
+            raise StepFailedError("psql was ended after 1 s")
+
+    def probe(self, run: Run, intent: Mapping[str, Any]) -> StepResult | None:
+        self.asked.append(intent)
+        if isinstance(self.says, Exception):
+            raise self.says
+        return self.says
+
+    def failed(self, run: Run) -> None:
+        with pytest.raises(StepFailedError):
+            self.made(run)
+
+
+def test_a_failed_attempt_whose_effect_is_there_after_all_is_not_made_again(run_with_database: Run) -> None:
+    run, fails = run_with_database, Seen(StepResult(facts={"found": True}))
+    fails.failed(run)
+
+    assert fails.made(run).facts == {"found": True}
+    assert (fails.acts.times, run.state.step(KEY).settled_by) == (1, "probe")
+    assert broken_rules(run) == []
+
+
+def test_a_failed_attempt_that_may_be_half_done_waits_for_a_person(run_with_database: Run) -> None:
+    run, fails = run_with_database, Seen(StepInDoubtError("half done"))
+    fails.failed(run)
+
+    with pytest.raises(StepInDoubtError, match="half done"):
+        fails.made(run)
+    assert (fails.acts.times, run.state.step(KEY).status) == (1, Status.BLOCKED)
+    assert run.state.step(KEY).intent["children"] == fails.asked[0]["children"] == f"logs/{KEY}/1"
+    assert broken_rules(run) == []
+
+
+@pytest.mark.parametrize("says", [None, StepFailedError("it is there, and red")])
+def test_a_failed_attempt_of_which_nothing_good_is_there_is_made_again(
+    run_with_database: Run, says: Exception | None
+) -> None:
+    run, fails = run_with_database, Seen(says)
+    fails.failed(run)
+
+    assert fails.made(run).status == "green"
+    assert (fails.acts.times, len(fails.asked), run.state.step(KEY).attempt) == (2, 1, 2)
+
+
+_AWAY = (UnavailableError("nobody answers"), DeniedError("no"), psycopg.OperationalError("nobody answers"))
+_BROKEN = (StepFailedError("red"), UsageError("not installed"), OSError("no such file"), KeyError("facts"))
+
+
+@pytest.mark.parametrize("says", _AWAY, ids=repr)
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_target_that_does_not_answer_pauses_and_changes_nothing(
+    run_with_database: Run, says: Exception, killed: bool
+) -> None:
+    run, fails = run_with_database, Seen(says)
+    begun(run, gone()) if killed else fails.failed(run)
+    before = run.state
+
+    with pytest.raises(PausedError, match="cannot be seen now: n") as caught:
+        fails.made(run)
+
+    assert not isinstance(caught.value, StepInDoubtError)
+    assert fails.acts.times == (0 if killed else 1)
+    assert run.state.steps == before.steps
+
+
+@pytest.mark.parametrize("says", _BROKEN, ids=repr)
+def test_a_probe_that_breaks_tells_nothing(run_with_database: Run, says: Exception) -> None:
+    run, fails = run_with_database, Seen(says)
+    begun(run, gone())
+
+    with pytest.raises(StepInDoubtError, match="its probe cannot tell: "):
+        fails.made(run)
+
+    assert (fails.acts.times, run.state.step(KEY).status) == (0, Status.BLOCKED)
+
+
+def test_items_that_failed_are_looked_at_before_any_goes_on(run_with_database: Run) -> None:
+    run, order = run_with_database, list[str]()
+
+    def act(run: Run, item: str) -> StepResult:
+        order.append(f"act {item}")
+        if order.count(f"act {item}") == 1:
+            raise StepFailedError("ended")
+        return StepResult()
+
+    made = step("Act", recovery=Recovery.PROBE, each=lambda run: ("a", "b"), limit=lambda run: 2)(act)
+    made.phase = "prepare"
+
+    @made.probe
+    def _(run: Run, item: str, intent: Mapping[str, Any]) -> StepResult | None:
+        order.append(f"look {item}")
+        return StepResult() if item == "a" else None
+
+    with pytest.raises(StepFailedError):
+        made(run)
+    assert made(run).status == "green"
+
+    assert order[2:] == ["look a", "look b", "act b"]
 
 
 def test_a_step_whose_process_still_runs_is_left_to_it(run_with_database: Run, monkeypatch: pytest.MonkeyPatch) -> None:
