@@ -7,7 +7,8 @@
     def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None: ...
 
 Calling `dump_database(run)` runs it once: a green step answers from the ledger, an intent without outcome goes to
-the probe, and no step starts before every step and gate in front of it is green.
+the probe, as a failed attempt does before it is made again, and no step starts before every step and gate in front of
+it is green.
 """
 
 from __future__ import annotations

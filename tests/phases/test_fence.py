@@ -176,6 +176,16 @@ def test_a_program_is_let_into_a_database_under_the_living_epoch_alone_and_as_wh
     assert roles() == before
 
 
+def test_what_was_let_in_just_before_a_newer_executor_came_is_ended(locked: Run) -> None:
+    d = locked.params.database
+    with locked.services.database.connect(d.migrate_role, d.production, application=locked.session_name) as old:
+        with lease.held(locked):
+            fence._raise_in(locked, d.production)
+
+        with pytest.raises(psycopg.OperationalError):
+            old.execute("SELECT 1")
+
+
 def test_who_becomes_the_owner_at_login_still_does_when_let_in(locked: Run) -> None:
     d = locked.params.database
     with locked.services.database.connect(d.admin_role, d.production, application="test") as admin:

@@ -512,6 +512,13 @@ _EXECUTORS = (
         ("tests/phases/test_complete_and_review.py::test_a_worker_that_rests_behind_open_doors_is_woken",),
     ),
     Guard(
+        "a takeover ends what was let into a database just before",
+        _FENCE,
+        "    _end_sessions(run)  # of a program that was let in just before\n",
+        "",
+        (f"{_T_FENCE}what_was_let_in_just_before_a_newer_executor_came_is_ended",),
+    ),
+    Guard(
         "a migration tool's own sessions are behind the fence",
         "runbook_lib/migration.py",
         "command(replace(known, options=options))",
