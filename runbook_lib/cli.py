@@ -590,14 +590,16 @@ def lab_command(
 def status(run_id: Annotated[str, typer.Argument(metavar="[RUN]")] = "", json: Json = False) -> None:
     """Where a run stands (the newest when none is named), what is known, what to do next."""
     from runbook_lib import wiring
-    from runbook_lib.render import status_text
+    from runbook_lib.render import in_doubt, status_text
 
     run = wiring.attach(run_id or _newest())
     facts = _summary(run)
     if json:
         _print_json(facts)
     else:
-        print(status_text(run.state, run.params.with_a_role()))
+        state = run.state
+        able = {key: run.params.may_settle(key, opener=state.opened["opened_by"]) for key in in_doubt(state)}
+        print(status_text(state, able))
         print(f"record {run.folder}\nnext   {facts['next']}")
 
 

@@ -240,7 +240,8 @@ class Desk:
         self._open(what, [reason], yes)
 
     def _ask_settle(self) -> None:
-        steps, people = in_doubt(self.state), self.run.params.with_a_role()
+        steps = in_doubt(self.state)
+        people = self.run.params.may_settle(steps[0], opener=self.state.opened["opened_by"])
         # A field to type in: in a notebook a menu's letters and arrows are JupyterLab's own.
         step = w.Combobox(options=steps, value=steps[0], description="Step", style=LABEL, layout=WIDE)
         signer = Signer(self.run, people, lambda: None)
@@ -266,7 +267,8 @@ class Desk:
 
         what = (
             f"No step can be skipped. One that is in doubt is declared done, or not done, only by a signed statement of "
-            f"somebody who holds a role: {', '.join(people)}. Look at its target first."
+            f"somebody who decides at the gate behind it: {', '.join(people) or 'nobody of the params file may'}. "
+            "Look at its target first."
         )
         yes = _button("Sign: it is done", "check", "warning", self._pressed(partial(sign, done=True)))
         yes.tooltip = "Its effect is there: signs that with your key, and the step is green"

@@ -12,6 +12,7 @@ from runbook_lib.canonical import sha256_file
 from runbook_lib.clock import Moment
 from runbook_lib.desk_page import Facts, PhaseFact, StepFact, read_only
 from runbook_lib.errors import RunbookError
+from runbook_lib.render import in_doubt
 from runbook_lib.follow import Follower
 from runbook_lib.phases import FORWARD, name_of, notebook_of, prepare, review, rollback
 from runbook_lib.plan import expected_s
@@ -70,7 +71,7 @@ class Sources:
             progress=tuple(progress.now(run.scratch)),
             checks=tuple(check.name for check in params.spot_checks.checks),
             edited=tuple(self._edited(state.opened.get("notebooks", {}))),
-            may_settle=tuple(params.with_a_role()),
+            may_settle={key: params.may_settle(key, opener=str(state.opened["opened_by"])) for key in in_doubt(state)},
             record=str(run.folder),
             sealed=sealed,
             trouble=trouble,

@@ -67,7 +67,7 @@ class Facts:
         progress: lines of long effects.
         checks: names of the manual spot checks.
         edited: which notebooks are not what the run was opened with, a sentence each.
-        may_settle: who holds any role.
+        may_settle: who may settle each step that is in doubt.
         record: the run's folder.
         sealed: the record is sealed.
         trouble: what else must be seen, such as a ledger that does not answer.
@@ -86,7 +86,7 @@ class Facts:
     progress: tuple[str, ...] = ()
     checks: tuple[str, ...] = ()
     edited: tuple[str, ...] = ()
-    may_settle: tuple[str, ...] = ()
+    may_settle: Mapping[str, Sequence[str]] = field(default_factory=dict)
     record: str = ""
     sealed: bool = False
     trouble: tuple[str, ...] = ()

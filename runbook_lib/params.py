@@ -258,6 +258,17 @@ class Rehearsal(_Strict):
     people_sign: bool = False
 
 
+# A step in doubt is settled by who decides at the gate behind it; of the last phases by whoever decides at any.
+_DECIDED_AT = {
+    "prepare": "backup",
+    "backup": "backup",
+    "begin": "migration",
+    "migrate": "migration",
+    "deploy": "release",
+    "verify": "release",
+}
+
+
 class Params(_Strict):
     environment: Name
     production: bool = False
@@ -336,9 +347,17 @@ class Params(_Strict):
         roles = set(getattr(self.gates, gate).roles)
         return [name for name, person in self.people.items() if roles & set(person.roles) and name != opener]
 
-    def with_a_role(self) -> list[str]:
-        """Whose signed word settles a step that is in doubt."""
-        return sorted(name for name, person in self.people.items() if person.roles)
+    def settling_roles(self, step: str) -> list[str]:
+        """Whose signed word settles a step that is in doubt: the roles that decide at the gate behind its phase."""
+        gate = _DECIDED_AT.get(step.partition(".")[0])
+        gates = self.gates
+        asked = [getattr(gates, gate)] if gate is not None else [gates.backup, gates.migration, gates.release]
+        return sorted({role for one in asked for role in one.roles})
+
+    def may_settle(self, step: str, *, opener: str) -> list[str]:
+        """The people who may, as at a gate without who opened the run."""
+        roles = set(self.settling_roles(step))
+        return sorted(name for name, person in self.people.items() if roles & set(person.roles) and name != opener)
 
     @property
     def all_hosts(self) -> dict[str, Host]:

@@ -50,20 +50,21 @@ class Move:
     why: str
 
 
-def failure_menu(state: RunState, may_sign: Sequence[str] = ()) -> list[Move]:
+def failure_menu(state: RunState, may_sign: Mapping[str, Sequence[str]] | None = None) -> list[Move]:
     """Every way on when a step failed or is in doubt, or a gate was rejected; empty while nothing is wrong.
 
     Args:
         state: where the run stands.
-        may_sign: people of the params file who hold a role.
+        may_sign: who may settle each step that is in doubt.
     """
     run = state.run_id
     blocked, failed = in_doubt(state), failing(state)
     if state.ended or not (blocked or failed or state.rejected_gate):
         return []
     moves = []
-    who = f"one of {', '.join(may_sign)}" if may_sign else "somebody who holds a role"
     for key in blocked:
+        able = (may_sign or {}).get(key)
+        who = f"one of {', '.join(able)}" if able else "somebody who may decide there"
         settle = f"runbook resolve {run} {key}"
         signed = "--as PERSON --key FILE --comment WHAT_YOU_SAW"
         moves += [
@@ -216,12 +217,12 @@ def runs_index_html(states: Sequence[RunState]) -> str:
     return page(f"Releases to {environment}", body)
 
 
-def status_text(state: RunState, may_sign: Sequence[str] = ()) -> str:
+def status_text(state: RunState, may_sign: Mapping[str, Sequence[str]] | None = None) -> str:
     """Where a run stands: its release, what is green, what failed, who decided, and every way on after a failure.
 
     Args:
         state: the fold of its events.
-        may_sign: people of the params file who hold a role.
+        may_sign: who may settle each step that is in doubt.
     """
     opened = state.opened
     lines = [

@@ -91,17 +91,6 @@ class _SaidAlreadyError(Exception):
     """This is the check's last word already."""
 
 
-# Who decides at the gate behind a phase also knows whether a step of it happened; elsewhere, who decides at any gate.
-_DECIDED_AT = {
-    "prepare": "backup",
-    "backup": "backup",
-    "begin": "migration",
-    "migrate": "migration",
-    "deploy": "release",
-    "verify": "release",
-}
-
-
 def resolve(run: Run, step: str, *, done: bool, comment: str, person: str, key: Path) -> dict[str, Any]:
     """Settle a blocked step: done makes it green, not done lets it start again.
 
@@ -157,16 +146,13 @@ def resolve(run: Run, step: str, *, done: bool, comment: str, person: str, key: 
 
 
 def _may_settle(run: Run, step: str, person: str) -> None:
-    who, gates = decisions.person_of(run, person), run.params.gates
-    gate = _DECIDED_AT.get(step.partition(".")[0])
-    asked = [getattr(gates, gate)] if gate is not None else [gates.backup, gates.migration, gates.release]
-    roles = sorted({role for gate in asked for role in gate.roles})
+    who, roles = decisions.person_of(run, person), run.params.settling_roles(step)
     if not set(who.roles) & set(roles):
         raise UsageError(
             f"refused: {person} holds {', '.join(who.roles) or 'no role'}; {step} is settled by {' or '.join(roles)}",
             remedy="ask them",
         )
-    if person == run.state.opened["opened_by"]:
+    if person not in run.params.may_settle(step, opener=run.state.opened["opened_by"]):
         raise UsageError(
             f"refused: {person} opened this run and does not settle its steps", remedy="ask somebody else of that role"
         )

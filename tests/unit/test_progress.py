@@ -180,7 +180,8 @@ def test_a_step_over_hosts_that_fails_leaves_which_one(run: Run, at_once: None, 
     with pytest.raises(StepFailedError):
         hosts_step(act, at_once=False)(run)
 
-    assert outputs[-1]["text/plain"].startswith("Switch over: 1 of 3 hosts: app-01 ✔, app-02 ✖, stopped after ")
+    assert outputs[-2]["text/plain"].startswith("Switch over: 1 of 3 hosts: app-01 ✔, app-02 ✖, stopped after ")
+    assert outputs[-1]["text/plain"] == "failed: Switch over"
 
 
 def test_of_many_hosts_those_are_named_that_are_not_done() -> None:
