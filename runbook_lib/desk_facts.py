@@ -12,10 +12,10 @@ from runbook_lib.canonical import sha256_file
 from runbook_lib.clock import Moment
 from runbook_lib.desk_page import Facts, PhaseFact, StepFact, read_only
 from runbook_lib.errors import RunbookError
-from runbook_lib.render import in_doubt
 from runbook_lib.follow import Follower
 from runbook_lib.phases import FORWARD, name_of, notebook_of, prepare, review, rollback
 from runbook_lib.plan import expected_s
+from runbook_lib.render import in_doubt
 from runbook_lib.run import Run
 
 

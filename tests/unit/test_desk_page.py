@@ -107,8 +107,9 @@ def facts(story: Story, *, after_s: float = 5.0, **more: Any) -> Facts:
     last = story[-1].moment
     now = Moment(last.wall_s + after_s, last.boot, last.uptime_s + after_s)
     closed = read_only(story, before_watch=False)
+    able = {e.data["step"]: ("ada", "dan") for e in story if "step" in e.data}
     known: dict[str, Any] = {"now": now, "phases": PHASES, "gates": GATES, "read_only": closed, "way_back_s": 120.0}
-    return Facts(**{**known, "budget_s": 600.0, "record": "/out/RUN-1", "may_settle": ("ada", "dan"), **more})
+    return Facts(**{**known, "budget_s": 600.0, "record": "/out/RUN-1", "may_settle": able, **more})
 
 
 def words(page: str) -> str:
