@@ -396,11 +396,8 @@ class ChecksPanel(Panel):
         fields: list[ipywidgets.Widget] = []
         for check in self.checks:
             fields += self._fields(check["name"])
-        self.go_on = self._button("Go on", "#1f4e8c", self._leave, "what is not recorded stays so", doing="going on …")
         copied = self._fields_to_copy(panel_page.CHECK_ELSEWHERE)
-        optional = () if run.params.spot_checks.required else (self.go_on,)
-        self.box.children = (self.head, self.signer.box, *fields, *optional, self.message, copied, self._hide)
-        self._left = False
+        self.box.children = (self.head, self.signer.box, *fields, self.message, copied, self._hide)
         self.look()
 
     def _fields(self, name: str) -> list[ipywidgets.Widget]:
@@ -433,10 +430,6 @@ class ChecksPanel(Panel):
         testimony.keep_check(self.run, data, await self._sign(data))
         return f"{name.replace('_', ' ')}: {'passed' if passed else 'failed'}, {person}; it is in the ledger"
 
-    async def _leave(self) -> str:
-        self._left = True
-        return "going on"
-
     def _draw(self) -> None:
         for check in self.checks:
             self.rows[check["name"]].value = panel_page.check_row(check, self._state.checks.get(check["name"]))
@@ -446,10 +439,10 @@ class ChecksPanel(Panel):
         state = self._state
         known = [state.checks.get(check["name"]) for check in self.checks]
         failed = any(said is not None and not said["passed"] for said in known)
-        done = all(said is not None for said in known) or self._left
+        done = all(said is not None for said in known)
         # A failed check fails the step: that is for the people to decide, by calling it again or rolling back.
         if state.ended or state.green("verify.spot_checks") or (done and not failed):
-            return (state.ended, repr(known), self._left, state.executor and state.executor.get("pid"))
+            return (state.ended, repr(known), state.executor and state.executor.get("pid"))
         return ()
 
     def _moves(self) -> dict[str, str]:

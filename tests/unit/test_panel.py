@@ -647,16 +647,3 @@ def test_what_the_command_records_is_seen(checking: ChecksPanel, people: dict[st
     checking.look()
 
     assert "passed by quinn" in words(checking.rows[name].value)
-
-
-def test_optional_checks_can_be_left_out(open_run: OpenRun) -> None:
-    run = open_run(spot_checks__required="false")
-    left: list[str] = []
-    made = ChecksPanel(run, lambda: left.append("left") or Card(title="Checks"))
-    assert made.go_on in made.box.children
-    assert left == []
-
-    made.go_on.click()
-
-    assert left == ["left"]
-    assert made.ended
