@@ -11,6 +11,7 @@ from typing import Any
 
 import nbformat
 import pytest
+import requests
 
 pytest.importorskip("playwright", reason="no playwright: pip install playwright")
 
@@ -18,7 +19,7 @@ from playwright.sync_api import Locator, Page, expect  # noqa: E402
 
 from runbook_lib.card import MIME  # noqa: E402
 from runbook_lib.phases import FORWARD, name_of, notebook_of  # noqa: E402
-from tests.browser.walker import SLOW_MS, Lab, Notebook  # noqa: E402
+from tests.browser.walker import SLOW_MS, Lab, Notebook, barriers  # noqa: E402
 from tests.project import Project, wait_until  # noqa: E402
 
 ROLES = {"backup": "deploy_lead", "migrate": "dba", "verify": "qa"}
@@ -34,6 +35,14 @@ def shoot(tmp_path: Path) -> Shoot:
         page.screenshot(path=folder / f"{name}.png")
 
     return taken
+
+
+def dark(lab: Lab) -> None:
+    """Choose JupyterLab's dark theme, as its Settings menu does."""
+    address = f"{lab.server.url}lab/api/settings/@jupyterlab/apputils-extension:themes"
+    body = {"raw": json.dumps({"theme": "JupyterLab Dark"})}
+    answer = requests.put(address, json=body, headers={"Authorization": f"token {lab.server.token}"}, timeout=60)
+    assert answer.ok, answer.text
 
 
 def signs(panel: Locator, person: str, key: str) -> None:
@@ -94,9 +103,11 @@ def test_a_whole_release_is_walked_cell_by_cell_to_the_sealed_record(
                 if phase == "backup":
                     notebook.cell(number).scroll_into_view_if_needed()
                     shoot(page, "gate")
+                    assert barriers(page, ".jp-NotebookPanel:not(.lm-mod-hidden) .rb-panel") == []
                     desk.show()
                     expect(desk.panel.get_by_text("waits for").first).to_be_visible(timeout=SLOW_MS)
                     shoot(page, "desk")
+                    assert barriers(page, ".rb-desk") == []
                     notebook.show()
                 approve(notebook, number, signer[phase], people[signer[phase]]["key"])
         notebook.save()
@@ -106,6 +117,12 @@ def test_a_whole_release_is_walked_cell_by_cell_to_the_sealed_record(
     record = project.root / "outputs" / "rehearsal" / lab.run_id
     wait_until(lambda: (record / "statement.json.sig").exists(), "the seal")
     expect(desk.panel.get_by_text("completed").first).to_be_visible(timeout=SLOW_MS)
+    dark(lab)
+    desk = Notebook.opened(page, lab.url)
+    expect(page.locator("body[data-jp-theme-light=false]")).to_be_attached(timeout=SLOW_MS)
+    desk.show()
+    assert barriers(page, ".rb-desk") == []
+    shoot(page, "desk-dark")
     page.goto((record / "index.html").as_uri())
     shoot(page, "record")
     verified = project.runbook("verify", str(record), "--trust", str(record.parent / "allowed_signers"))

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, Request, expect
 
 from runbook_lib.adapters import jupyter
@@ -93,6 +94,13 @@ class Outside:
     def look(self, request: Request) -> None:
         if not re.match(r"file:///|(https?|wss?)://127\.0\.0\.1:\d+/|data:|blob:", request.url):
             self.urls.append(request.url)
+
+
+def barriers(page: Page, selector: str) -> list[str]:
+    """What in a part of the page keeps people out, by axe-core's rules for WCAG 2.2 A and AA."""
+    rules = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"], "resultTypes": ["violations"]}
+    found = Axe().run(page, context=selector, options=rules).response["violations"]
+    return [f"{rule['id']}: {node['html'][:200]}" for rule in found for node in rule["nodes"]]
 
 
 class Notebook:
