@@ -307,7 +307,8 @@ class Desk:
         if command is not None and not command.alive and self._waited_for:
             self._waited_for, self._answer = False, ""
             if said := command.outcome():
-                self._say(said.partition(". Next: ")[0])
+                refused = said.startswith("runbook:")  # nothing else on the desk names its next move
+                self._say(said if refused else said.partition(". Next: ")[0], bad=refused)
         failed = command is not None and command.failed and not self.state.ended
         log = ""
         if command is not None and failed:
