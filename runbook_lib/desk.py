@@ -175,8 +175,10 @@ class Desk:
         state, run = self.state, self.run.run_id
         phase = next_phase(state, facts)
         if state.ended:
-            if all(state.green(key) for p in facts.phases if p.name == "review" for key in p.keys):
+            if facts.review_signed:
                 return (), "Reviewed", "The run has ended and was reviewed"
+            if all(state.green(key) for p in facts.phases if p.name == "review" for key in p.keys):
+                return ("review", run), "Sign the review", "Its steps are done: takes its notebook and signs it"
             return ("review", run), "Review", "Phase 8: the review, signed apart from the record"
         if in_doubt(state):
             return (

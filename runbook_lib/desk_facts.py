@@ -73,6 +73,7 @@ class Sources:
             may_settle=tuple(params.with_a_role()),
             record=str(run.folder),
             sealed=sealed,
+            review_signed=(run.folder / "review" / "statement.json.sig").exists(),
             trouble=trouble,
         )
 

@@ -16,7 +16,7 @@ from runbook_lib.adapters import processes
 from runbook_lib.desk import Desk
 from runbook_lib.errors import PausedError, UsageError
 from runbook_lib.ledger import Ledger
-from runbook_lib.model import Status
+from runbook_lib.model import Status, StepResult
 from runbook_lib.run import Run
 from tests.project import ROOT, wait_until
 
@@ -369,3 +369,21 @@ def test_a_look_at_a_run_of_some_hundred_events_is_quick(run: Run) -> None:
 
     # Counted in this process's own time, since the machine may be at other work.
     assert time.process_time() - began < 0.05
+
+
+def test_a_review_that_was_walked_is_not_done_before_it_is_signed(run: Run) -> None:
+    desk = Desk(run)
+    for key in (k for p in desk._sources.phases if p.name == "review" for k in p.keys):
+        intent = {"step": key, "attempt": 1, "phase": "review", "title": "Review", "executor": gone(), "children": "x"}
+        run.ledger.append(run.run_id, "step_intent", intent)
+        outcome = {"step": key, "attempt": 1, "status": "green", "result": StepResult().as_json(), "duration_s": 0.0}
+        run.ledger.append(run.run_id, "step_outcome", outcome)
+    run.ledger.append(run.run_id, "run_ended", {"state": "completed"})
+
+    desk.draw()
+    assert (desk.run_next.description, desk.run_next.disabled) == ("Sign the review", False)
+
+    (run.folder / "review").mkdir()
+    (run.folder / "review" / "statement.json.sig").touch()
+    desk.draw()
+    assert (desk.run_next.description, desk.run_next.disabled) == ("Reviewed", True)
