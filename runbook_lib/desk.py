@@ -135,7 +135,10 @@ class Desk:
         told = (self.state.head, facts.at_work, facts.lost, facts.edited, facts.trouble)
         if told != self._drawn:  # a second that passes is nothing to save
             self._drawn = told
-            self.twin = desk_page.desk_html(self.state, facts)
+            # A page that was opened later than this cell ran is not told what is written over: its twin may be old.
+            at = f"{facts.now.text[:19].replace('T', ' ')} UTC"
+            when = f"As it stood at {at}. How it stands now: <code>runbook status {text(self.run.run_id)}</code>"
+            self.twin = desk_page.desk_html(self.state, facts) + output(f"<p>{when}</p>")
             if self._twin._handle:
                 self._show_twin()
 
@@ -147,8 +150,7 @@ class Desk:
             self._trouble = (f"what is shown may be old: {error}",)
 
     def _show_twin(self) -> None:
-        when = f"As it stood when it was drawn last. How it stands now: <code>runbook status {text(self.run.run_id)}</code>"
-        body = f'<div class="{self._name}">{self.twin}{output(f"<p>{when}</p>")}</div>'
+        body = f'<div class="{self._name}">{self.twin}</div>'
         plain = f"{standing(self.state, self._facts).word}: run {self.run.run_id}"
         self._twin.show({"text/html": body, "text/plain": plain})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -387,3 +388,10 @@ def test_a_review_that_was_walked_is_not_done_before_it_is_signed(run: Run) -> N
     (run.folder / "review" / "statement.json.sig").touch()
     desk.draw()
     assert (desk.run_next.description, desk.run_next.disabled) == ("Reviewed", True)
+
+
+def test_the_twin_says_when_it_was_drawn_and_where_the_truth_is(run: Run) -> None:
+    twin = Desk(run).twin
+
+    assert re.search(r"As it stood at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", twin)
+    assert f"runbook status {run.run_id}" in twin
