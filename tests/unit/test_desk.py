@@ -90,7 +90,8 @@ def test_the_next_phase_is_named_and_started_as_the_installed_command_in_its_own
     desk.draw()
     assert (folder / "exit").read_text().strip() == "2"
     assert "its last lines" in said(desk)
-    assert "runbook:" in said(desk) or "failed:" in said(desk)
+    assert "✖ runbook: " in desk._answer
+    assert "Next: " in desk._answer
     assert not desk.run_next.disabled
 
 
