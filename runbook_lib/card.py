@@ -12,7 +12,7 @@ from runbook_lib.state import StepState
 
 MIME = "application/vnd.runbook.step+json"
 _MARKS = {"green": "✔", "failed": "✖", "running": "●", "blocked": "?"}
-_STYLE = ".rb ul{margin:2px 0;padding-left:18px}.rb .n{text-align:right;font-variant-numeric:tabular-nums}"
+_STYLE = ".rb ul{margin:2px 0;padding-left:18px}.rb.rb td.n{text-align:right;font-variant-numeric:tabular-nums}"
 
 
 @dataclass(frozen=True, slots=True)

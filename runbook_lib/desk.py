@@ -135,7 +135,10 @@ class Desk:
         told = (self.state.head, facts.at_work, facts.lost, facts.edited, facts.trouble)
         if told != self._drawn:  # a second that passes is nothing to save
             self._drawn = told
-            self.twin = desk_page.desk_html(self.state, facts)
+            # A page that was opened later than this cell ran is not told what is written over: its twin may be old.
+            at = f"{facts.now.text[:19].replace('T', ' ')} UTC"
+            when = f"As it stood at {at}. How it stands now: <code>runbook status {text(self.run.run_id)}</code>"
+            self.twin = desk_page.desk_html(self.state, facts) + output(f"<p>{when}</p>")
             if self._twin._handle:
                 self._show_twin()
 
@@ -147,8 +150,7 @@ class Desk:
             self._trouble = (f"what is shown may be old: {error}",)
 
     def _show_twin(self) -> None:
-        when = f"As it stood when it was drawn last. How it stands now: <code>runbook status {text(self.run.run_id)}</code>"
-        body = f'<div class="{self._name}">{self.twin}{output(f"<p>{when}</p>")}</div>'
+        body = f'<div class="{self._name}">{self.twin}</div>'
         plain = f"{standing(self.state, self._facts).word}: run {self.run.run_id}"
         self._twin.show({"text/html": body, "text/plain": plain})
 
@@ -175,8 +177,10 @@ class Desk:
         state, run = self.state, self.run.run_id
         phase = next_phase(state, facts)
         if state.ended:
-            if all(state.green(key) for p in facts.phases if p.name == "review" for key in p.keys):
+            if facts.review_signed:
                 return (), "Reviewed", "The run has ended and was reviewed"
+            if all(state.green(key) for p in facts.phases if p.name == "review" for key in p.keys):
+                return ("review", run), "Sign the review", "Its steps are done: takes its notebook and signs it"
             return ("review", run), "Review", "Phase 8: the review, signed apart from the record"
         if in_doubt(state):
             return (
@@ -309,7 +313,8 @@ class Desk:
         if command is not None and not command.alive and self._waited_for:
             self._waited_for, self._answer = False, ""
             if said := command.outcome():
-                self._say(said.partition(". Next: ")[0])
+                refused = said.startswith("runbook:")  # nothing else on the desk names its next move
+                self._say(said if refused else said.partition(". Next: ")[0], bad=refused)
         failed = command is not None and command.failed and not self.state.ended
         log = ""
         if command is not None and failed:

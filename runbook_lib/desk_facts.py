@@ -74,6 +74,7 @@ class Sources:
             may_settle={key: params.may_settle(key, opener=str(state.opened["opened_by"])) for key in in_doubt(state)},
             record=str(run.folder),
             sealed=sealed,
+            review_signed=(run.folder / "review" / "statement.json.sig").exists(),
             trouble=trouble,
         )
 

@@ -70,6 +70,7 @@ class Facts:
         may_settle: who may settle each step that is in doubt.
         record: the run's folder.
         sealed: the record is sealed.
+        review_signed: the review is, beside it.
         trouble: what else must be seen, such as a ledger that does not answer.
     """
 
@@ -89,6 +90,7 @@ class Facts:
     may_settle: Mapping[str, Sequence[str]] = field(default_factory=dict)
     record: str = ""
     sealed: bool = False
+    review_signed: bool = False
     trouble: tuple[str, ...] = ()
 
     @property
@@ -249,7 +251,7 @@ _STYLE = (
     ".rb .desk td code{white-space:nowrap;padding:0 3px;font-size:11.5px}"
     ".rb .box{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:6px 10px;margin:0 0 6px}"
     ".rb .box p{font-size:12.5px;margin:0 0 3px}.rb .box table th{color:var(--soft);white-space:nowrap;width:1%}"
-    ".rb .box tr:last-child>*{border-bottom:0}.rb .box ul{margin:0;padding-left:16px;font-size:12.5px}"
+    ".rb .box tr:last-child>*{border-bottom:0}.rb .box td{overflow-wrap:anywhere}.rb .box ul{margin:0;padding-left:16px;font-size:12.5px}"
     ".rb .box progress{width:100%;height:8px;display:block;accent-color:var(--bar)}"
     ".rb .cols{display:grid;grid-template-columns:minmax(0,11fr) minmax(0,9fr);gap:8px}"
 )

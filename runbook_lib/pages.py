@@ -71,8 +71,10 @@ _OUTPUT_STYLE = (
     "overflow-wrap:anywhere}.rb pre{padding:8px 10px;overflow-x:auto;white-space:pre-wrap}"
     ".rb .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px 14px;margin:4px 0;max-width:1000px}"
     ".rb p{margin:0 0 4px}.rb .soft{color:var(--soft)}.rb .why{color:var(--bad)}.rb a{color:var(--link)}"
-    ".rb table{border-collapse:collapse;margin:2px 0}.rb th,.rb td{text-align:left;vertical-align:top;padding:2px 14px 2px 0;"
-    "background:none;border:0;white-space:normal}.rb th{font-weight:600}"
+    # Said twice and thrice: JupyterLab puts every cell to the right and stripes the rows.
+    ".rb table{border-collapse:collapse;margin:2px 0}.rb.rb th,.rb.rb td{text-align:left;vertical-align:top}"
+    ".rb.rb.rb tr{background:none}.rb th,.rb td{padding:2px 14px 2px 0;background:none;border:0;white-space:normal}"
+    ".rb th{font-weight:600}"
     ".rb .pill{display:inline-block;border-radius:999px;padding:1px 9px;font-size:12.5px;font-weight:600;white-space:nowrap}"
     ".rb .good{color:var(--good);background:var(--good-bg)}.rb .bad{color:var(--bad);background:var(--bad-bg)}"
     ".rb .warn{color:var(--warn);background:var(--warn-bg)}.rb .plain{color:var(--soft);background:var(--code)}"

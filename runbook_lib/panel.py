@@ -301,7 +301,13 @@ class GatePanel(Panel):
         person, comment = self.signer.person, self.comment.value.strip()
         if decision == "reject" and not comment:
             raise UsageError("nothing was signed: a rejection needs its reason", remedy="write it under Comment")
-        now = self.run.state.gate(self.name)
+        now, drawn = self.run.state.gate(self.name), self._state.gate(self.name)
+        if now.round != drawn.round:
+            self._redraw()
+            raise UsageError(
+                f"nothing was signed: round {now.round} asks about other evidence than was shown here",
+                remedy="look at it, then sign",
+            )
         past = panel_page.PAST[decision]
         if any(d["person"] == person and d["decision"] == decision for d in now.decisions):
             return f"{person} has {past} round {now.round} already; it counts once"

@@ -144,6 +144,11 @@ def edited(run: Run, path: Path) -> str:
 def missing(run: Run, state: RunState, phase: str, notebook: dict[str, Any]) -> str:
     """Say which step's card is missing in a phase's notebook or differs from the ledger; empty when all are right."""
     shown = {part["step"]: part for part in _cards(notebook)}
+    outcomes = [e.data for e in run.ledger.events(run.run_id) if e.kind == "step_outcome"]
+    proved = {(data["step"], data["attempt"]) for data in outcomes if data["status"] == "green"}
+    for key, part in shown.items():
+        if part["status"] == "green" and (key, part["attempt"]) not in proved:
+            return f"the card of {key} is green, and the ledger does not say so"
     for step in steps_of(phase):
         for key in step.keys(run):
             known = state.step(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from runbook_lib.adapters import processes
 from runbook_lib.desk import Desk
 from runbook_lib.errors import PausedError, UsageError
 from runbook_lib.ledger import Ledger
-from runbook_lib.model import Status
+from runbook_lib.model import Status, StepResult
 from runbook_lib.run import Run
 from tests.project import ROOT, wait_until
 
@@ -96,7 +97,8 @@ def test_the_next_phase_is_named_and_started_as_the_installed_command_in_its_own
     desk.draw()
     assert (folder / "exit").read_text().strip() == "2"
     assert "its last lines" in said(desk)
-    assert "runbook:" in said(desk) or "failed:" in said(desk)
+    assert "✖ runbook: " in desk._answer
+    assert "Next: " in desk._answer
     assert not desk.run_next.disabled
 
 
@@ -376,3 +378,28 @@ def test_a_look_at_a_run_of_some_hundred_events_is_quick(run: Run) -> None:
 
     # Counted in this process's own time, since the machine may be at other work.
     assert time.process_time() - began < 0.05
+
+
+def test_a_review_that_was_walked_is_not_done_before_it_is_signed(run: Run) -> None:
+    desk = Desk(run)
+    for key in (k for p in desk._sources.phases if p.name == "review" for k in p.keys):
+        intent = {"step": key, "attempt": 1, "phase": "review", "title": "Review", "executor": gone(), "children": "x"}
+        run.ledger.append(run.run_id, "step_intent", intent)
+        outcome = {"step": key, "attempt": 1, "status": "green", "result": StepResult().as_json(), "duration_s": 0.0}
+        run.ledger.append(run.run_id, "step_outcome", outcome)
+    run.ledger.append(run.run_id, "run_ended", {"state": "completed"})
+
+    desk.draw()
+    assert (desk.run_next.description, desk.run_next.disabled) == ("Sign the review", False)
+
+    (run.folder / "review").mkdir()
+    (run.folder / "review" / "statement.json.sig").touch()
+    desk.draw()
+    assert (desk.run_next.description, desk.run_next.disabled) == ("Reviewed", True)
+
+
+def test_the_twin_says_when_it_was_drawn_and_where_the_truth_is(run: Run) -> None:
+    twin = Desk(run).twin
+
+    assert re.search(r"As it stood at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", twin)
+    assert f"runbook status {run.run_id}" in twin

@@ -647,3 +647,21 @@ def test_what_the_command_records_is_seen(checking: ChecksPanel, people: dict[st
     checking.look()
 
     assert "passed by quinn" in words(checking.rows[name].value)
+
+
+def test_evidence_that_the_panel_has_not_shown_is_not_signed(
+    shown: GatePanel, run: Run, people: dict[str, Path]
+) -> None:
+    choose(shown, "ada", people["ada"])
+    green(run, "backup.compare_hashes", run.keep("backup/manifest.json", b'{"dump":"better"}'))
+    assert gate.open_round(run, "backup").round == 2  # by somebody else, just before the click
+
+    shown.approve.click()
+
+    assert recorded(run) == []
+    is_refused(shown, "round 2")
+    assert "Round 2" in words(shown.head.value)
+
+    shown.approve.click()
+
+    assert recorded(run) == [("ada", "approve")]

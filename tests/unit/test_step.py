@@ -83,6 +83,19 @@ def test_a_green_step_answers_from_the_ledger_and_does_nothing(run: Run) -> None
     assert (again.facts, acts.times, run.state.seq) == (first.facts, 1, before)
 
 
+def test_after_the_end_a_green_step_is_still_shown_and_no_other_one_starts(run: Run) -> None:
+    acts = Acts()
+    made = acts.step()
+    first = made(run)
+    run.ledger.append(run.run_id, "run_ended", {"state": "aborted"})
+
+    assert made(run).facts == first.facts
+    made.name = "another"
+    with pytest.raises(PausedError, match="has ended"):
+        made(run)
+    assert acts.times == 1
+
+
 def test_no_step_starts_before_the_one_in_front_of_it_is_green(run: Run) -> None:
     front, acts = Acts().step(), Acts()
     front.name = "front"
