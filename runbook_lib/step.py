@@ -153,7 +153,7 @@ class Step:
             return self.waiting(run)
         except RunbookError:
             if any(run.state.step(key).status is Status.FAILED for key in self.keys(run)):
-                cell.Output().show(self._card(run, StepResult(title=self.title, status="failed")).bundle())
+                cell.Output().show(self.card(run).bundle())
             raise
 
     def settled(self, run: Run) -> Card:
@@ -162,16 +162,12 @@ class Step:
         if shown is not None:
             return Card.of(replace(shown, title=shown.title or self.title), owner=self.owner)
         if self.each is None:
-            return self._card(run, self._one(run, None))
-        items = self.each(run)
-        with progress.over(run.scratch, self.title, items) as doing:
-            results = self._at_once(run, items, doing) if self.limit else self._in_turn(run, items, doing)
-        result = StepResult(
-            facts={item: dict(result.facts) for item, result in results.items()},
-            artifacts=tuple(a for result in results.values() for a in result.artifacts),
-            title=self.title,
-        )
-        return self._card(run, result)
+            self._one(run, None)
+        else:
+            items = self.each(run)
+            with progress.over(run.scratch, self.title, items) as doing:
+                _ = self._at_once(run, items, doing) if self.limit else self._in_turn(run, items, doing)
+        return self.card(run)
 
     def settle_left_over(self, run: Run) -> None:
         """Say what became of an attempt that was killed or failed, and make none anew: the way back asks.
@@ -199,12 +195,27 @@ class Step:
             with contextlib.suppress(PausedError):  # this step's own check says what is missing
                 first.settled(run)
 
-    def _card(self, run: Run, result: StepResult) -> Card:
+    def card(self, run: Run) -> Card:
+        """What the ledger says of this step now, with the ends of its commands' logs."""
         state = run.state
         parts = [Part(key, state.step(key), _logs(run, state.step(key))) for key in self.keys(run)]
+        parts = [part for part in parts if part.state.attempt]
         planned = next((s for s in run.plan.get("steps", ()) if s["step"] == self.key()), {"commands": ()})
-        commands = tuple(" ".join(line) for line in planned["commands"])
-        return Card.of(result, owner=self.owner, commands=commands, parts=tuple(p for p in parts if p.state.attempt))
+        if self.each is None and parts:
+            result = parts[0].result
+        else:
+            failed = any(part.state.status is not Status.GREEN for part in parts)
+            result = StepResult(
+                facts={part.key.partition("@")[2]: dict(part.result.facts) for part in parts},
+                artifacts=tuple(artifact for part in parts for artifact in part.result.artifacts),
+                status="failed" if failed else "green",
+            )
+        return Card.of(
+            replace(result, title=result.title or self.title),
+            owner=self.owner,
+            commands=tuple(" ".join(line) for line in planned["commands"]),
+            parts=tuple(parts),
+        )
 
     def _in_turn(self, run: Run, items: Sequence[str], doing: progress.Items) -> dict[str, StepResult]:
         return {item: doing(item, self._one, run, item) for item in items}

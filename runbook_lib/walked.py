@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from runbook_lib.errors import PausedError, UsageError
 from runbook_lib.phases import ALL, name_of, notebook_of, steps_of
 from runbook_lib.run import Run
 from runbook_lib.state import RunState
+from runbook_lib.step import Step
 
 DESK = "release_desk.ipynb"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -93,13 +94,14 @@ def take(run: Run, phases: tuple[str, ...] = (), *, at_the_end: bool = True) -> 
     state = run.state
     for phase in phases or tuple(name for name in map(name_of, ALL) if name != "review"):
         path = folder_of(run) / notebook_of(phase)
-        notebook = _read(path)
+        notebook = _decided(run, state, phase, _read(path))
         if not list(_cards(notebook)):
             continue  # laid out, and nothing was done in it
         final = record_of(run, phase)
         wrong = edited(run, path) or missing(run, state, phase, notebook)
         passed = all(step.is_green(run, state) for step in steps_of(phase))
-        text = json.dumps(_without_widgets(notebook), indent=1, ensure_ascii=False) + "\n"
+        shown = _drawn_again(run, phase, _without_widgets(notebook))
+        text = json.dumps(shown, indent=1, ensure_ascii=False) + "\n"
         if not wrong and (passed or at_the_end):
             # What is there may be this one already, before JupyterLab saved it once more.
             if not final.exists() or missing(run, state, phase, _read(final)):
@@ -159,6 +161,49 @@ def missing(run: Run, state: RunState, phase: str, notebook: dict[str, Any]) -> 
             if shown[key] != json.loads(json.dumps(Part(key, known).as_json())):
                 return f"the card of {key} is not what the ledger says"
     return ""
+
+
+def _decided(run: Run, state: RunState, phase: str, notebook: dict[str, Any]) -> dict[str, Any]:
+    """Put the step's card in the place of a panel whose page was closed, or loaded later, when people decided."""
+    return _with_outputs(
+        run,
+        phase,
+        notebook,
+        lambda step, outputs: (
+            [_card_of(step, run)]
+            if step.waiting is not None
+            and step.is_green(run, state)
+            and any(_WIDGET in output.get("data", {}) for output in outputs)
+            else outputs
+        ),
+    )
+
+
+def _drawn_again(run: Run, phase: str, notebook: dict[str, Any]) -> dict[str, Any]:
+    """Draw each card anew from the ledger: what people read there is what its JSON says, whatever was in the file."""
+    return _with_outputs(
+        run,
+        phase,
+        notebook,
+        lambda step, outputs: [
+            _card_of(step, run) if output.get("data", {}).get(MIME, {}).get("parts") else output for output in outputs
+        ],
+    )
+
+
+def _with_outputs(
+    run: Run, phase: str, notebook: dict[str, Any], change: Callable[[Step, list[Any]], list[Any]]
+) -> dict[str, Any]:
+    calls = {f"{phase}.{step.name}(run)": step for step in steps_of(phase)}
+    cells = []
+    for cell in notebook["cells"]:
+        step = calls.get("".join(cell["source"]).strip()) if cell["cell_type"] == "code" else None
+        cells.append({**cell, "outputs": change(step, cell["outputs"])} if step is not None else cell)
+    return {**notebook, "cells": cells}
+
+
+def _card_of(step: Step, run: Run) -> dict[str, Any]:
+    return {"output_type": "display_data", "metadata": {}, "data": step.card(run).bundle()}
 
 
 def _cards(notebook: dict[str, Any]) -> Iterator[dict[str, Any]]:

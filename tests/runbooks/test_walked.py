@@ -90,6 +90,12 @@ def test_an_edited_cell_is_not_run_and_its_notebook_is_refused(project: Project,
 
 
 def test_a_missing_card_holds_up_no_release(project: Project, run: Run) -> None:
+    path = walked.folder_of(run) / "01_backup.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    unsaved = next(c for c in notebook.cells if c.source == "backup.compare_hashes(run)")
+    unsaved.outputs = []
+    nbformat.write(notebook, path)
+
     done = project.runbook("resume", run.run_id, "--json")
 
     assert (done.returncode, project.last_json(done)["gate"]) == (75, "migration"), done.stderr
@@ -97,11 +103,20 @@ def test_a_missing_card_holds_up_no_release(project: Project, run: Run) -> None:
     assert not (run.folder / "notebooks" / "01_backup.ipynb").exists()
 
 
+def test_a_gate_that_was_decided_elsewhere_has_its_card_in_what_is_archived(project: Project, run: Run) -> None:
+    path = walked.folder_of(run) / "01_backup.ipynb"
+    assert "backup.sign_off" not in cards(path)  # the page was closed while its panel stood there
+
+    notebook = walked._decided(run, run.state, "backup", json.loads(path.read_text()))
+
+    assert [part["step"] for part in walked._cards(notebook)][-1] == "backup.sign_off"
+
+
 def test_at_the_end_a_notebook_that_lacks_a_card_is_refused_by_name(project: Project, run: Run) -> None:
     done = project.runbook("abort", run.run_id, "--reason", "seen enough")
 
     assert done.returncode == 75, done.stderr
-    for word in ("01_backup.ipynb", "backup.sign_off is missing", f"runbook lab {run.run_id}", "runbook seal"):
+    for word in ("01_backup.ipynb", "backup.compare_hashes is missing", f"runbook lab {run.run_id}", "runbook seal"):
         assert word in done.stderr
     assert not (run.folder / "statement.json.sig").exists()
 
@@ -115,7 +130,8 @@ def test_a_notebook_whose_card_differs_from_the_ledger_is_refused_by_name(projec
 
     done = project.runbook("seal", run.run_id, "--json")
 
-    path.write_text(good)
+    path.write_text(good.replace("Dump the database</strong>", "Never dumped</strong>"))
+    assert "Never dumped" in path.read_text()
     assert done.returncode == 75, done.stderr
     assert "01_backup.ipynb" in done.stderr
     assert "is not what the ledger says" in done.stderr
@@ -128,6 +144,7 @@ def test_what_was_walked_is_what_is_archived_without_its_widgets(project: Projec
     for name in ("01_backup.ipynb", "02_begin.ipynb"):
         kept, lab = run.folder / "notebooks" / name, walked.folder_of(run) / name
         assert cards(kept) == cards(lab)
+        assert "Never dumped" not in kept.read_text()  # what people read is drawn from the ledger
         assert "widget-view" not in kept.read_text()
         assert [c.source for c in nbformat.read(kept, 4).cells] == [c.source for c in nbformat.read(lab, 4).cells]
     headless = run.folder / "notebooks" / "03_migrate.ipynb"
