@@ -264,7 +264,13 @@ class Desk:
             person = signer.person
             with signer.key_file() as key:
                 testimony.resolve(
-                    self.run, step.value.strip(), done=done, comment=seen.value.strip(), person=person, key=key
+                    self.run,
+                    step.value.strip(),
+                    done=done,
+                    comment=seen.value.strip(),
+                    person=person,
+                    key=key,
+                    ask=False,
                 )
             self._say(f"{step.value} is settled as {'done' if done else 'not done'}, signed by {person}")
             self._close()

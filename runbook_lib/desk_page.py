@@ -304,7 +304,8 @@ def _head(state: RunState, facts: Facts) -> str:
 
 def _still(state: RunState, facts: Facts) -> str:
     menu = _menu(state, facts)
-    return f"<h3>Checklist</h3>{checklist_html(state)}" + (f'<div class="box">{menu}</div>' if menu else "")
+    # When something is wrong the ways on come first: the whole checklist may not fit on the screen below them.
+    return (f'<div class="box">{menu}</div>' if menu else "") + f"<h3>Checklist</h3>{checklist_html(state)}"
 
 
 def _moving(state: RunState, facts: Facts) -> str:

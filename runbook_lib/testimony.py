@@ -91,7 +91,9 @@ class _SaidAlreadyError(Exception):
     """This is the check's last word already."""
 
 
-def resolve(run: Run, step: str, *, done: bool, comment: str, person: str, key: Path) -> dict[str, Any]:
+def resolve(
+    run: Run, step: str, *, done: bool, comment: str, person: str, key: Path, ask: bool = True
+) -> dict[str, Any]:
     """Settle a blocked step: done makes it green, not done lets it start again.
 
     As at a gate, whoever opened the run does not settle its steps.
@@ -119,7 +121,7 @@ def resolve(run: Run, step: str, *, done: bool, comment: str, person: str, key: 
     }
     subject = [{"name": step, "digest": {"sha256": digest(dict(now.intent))}}]
     data = decisions.statement(decisions.RESOLUTION, subject, said)
-    signature = decisions.signed(data, key=key)
+    signature = decisions.signed(data, key=key, ask=ask)
     decisions.check_signature(run, data, signature, person=person)
     kept = decisions.store(run, f"resolve-{step}-{sha256(data)[:8]}", data, signature)
     facts = {"settled by": person, "comment": comment, "statement": kept["statement"]}

@@ -24,9 +24,8 @@ from runbook_lib.errors import PausedError, UsageError
 from runbook_lib.run import Run
 from runbook_lib.state import RunState
 
-# A notebook's kernel has these for itself: its lease and its lab, its server's settings, its way of drawing.
-_A_KERNELS = ("RUNBOOK_LEASE", "RUNBOOK_LAB", "MPLBACKEND")
-_A_SERVERS = ("JPY_", "JUPYTER_")
+# A notebook's kernel has these for itself: its lease and its way of drawing.
+_A_KERNELS = ("RUNBOOK_LEASE", "MPLBACKEND")
 _LOG_LINES = 12
 
 
@@ -115,7 +114,7 @@ def start(run: Run, words: Sequence[str]) -> Path:
         folder.mkdir(parents=True)
     except FileExistsError as error:
         raise PausedError("the same was pressed twice at once", remedy="wait; one of both was started") from error
-    env = {k: v for k, v in os.environ.items() if k not in _A_KERNELS and not k.startswith(_A_SERVERS)}
+    env = {name: value for name, value in processes.environment().items() if name not in _A_KERNELS}
     command = (sys.executable, "-m", "runbook_lib", *words)
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(

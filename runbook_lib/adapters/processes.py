@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from runbook_lib import cell
 from runbook_lib.clock import boot_id
 from runbook_lib.errors import StepInDoubtError
 
@@ -40,6 +41,15 @@ exit $status
 
 # The kernel gives its first pid namespace, the one outside of all containers, this number on every machine.
 _INITIAL_PIDS = "pid:[4026531836]"
+
+
+def environment() -> dict[str, str]:
+    """This process's environment for a command: without what names a notebook server, its token's file or its lab."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("JPY_", "JUPYTER_")) and name != cell.LAB_VARIABLE
+    }
 
 
 def start_time(pid: int) -> int | None:

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runbook_lib.adapters.processes import WRAPPER, end_group, out_of_memory_kills
+from runbook_lib.adapters.processes import WRAPPER, end_group, environment, out_of_memory_kills
 from runbook_lib.adapters.secrets import Secrets
 from runbook_lib.errors import StepFailedError, UnavailableError, UsageError
 from runbook_lib.model import Command, Completed
@@ -62,7 +62,7 @@ class LocalShell:
                     stdout=stdout,
                     stderr=out,
                     cwd=command.cwd,
-                    env={**os.environ, **self.env, **command.env},
+                    env={**environment(), **self.env, **command.env},
                     start_new_session=True,
                 )
             except OSError as error:  # the folder is not there, or this machine has no process or descriptor left

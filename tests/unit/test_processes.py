@@ -155,3 +155,17 @@ def test_a_command_that_the_machine_ended_for_want_of_memory_is_named(
         shell.run(Command(("sh", "-c", "kill -9 $$")), name="killed")
     with pytest.raises(StepFailedError, match=r"exited 137 \(the machine had no memory left for it\): Killed"):
         shell.run(Command(("sh", "-c", f"echo oom_kill 3 > {counter}; kill -9 $$")), name="too-big")
+
+
+def test_a_command_learns_nothing_of_the_notebook_server_that_its_kernel_belongs_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("JUPYTER_TOKEN_FILE", "/somewhere/token")
+    monkeypatch.setenv("JPY_SESSION_NAME", "/somewhere/01_backup.ipynb")
+    monkeypatch.setenv("RUNBOOK_LAB", "RUN-1")
+    monkeypatch.setenv("LANG", "C.UTF-8")
+
+    told = processes.environment()
+
+    assert not [name for name in told if name.startswith(("JUPYTER_", "JPY_", "RUNBOOK_LAB"))]
+    assert told["LANG"] == "C.UTF-8"
