@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
@@ -17,10 +16,10 @@ pytest.importorskip("playwright", reason="no playwright: pip install playwright"
 
 from playwright.sync_api import Locator, Page, expect  # noqa: E402
 
-from runbook_lib.card import MIME  # noqa: E402
 from runbook_lib.phases import FORWARD, name_of, notebook_of  # noqa: E402
 from tests.browser.walker import SLOW_MS, Lab, Notebook, barriers  # noqa: E402
 from tests.project import Project, wait_until  # noqa: E402
+from tests.shape import same_shape  # noqa: E402
 
 ROLES = {"backup": "deploy_lead", "migrate": "dba", "verify": "qa"}
 Shoot = Callable[[Page, str], None]
@@ -128,61 +127,4 @@ def test_a_whole_release_is_walked_cell_by_cell_to_the_sealed_record(
     verified = project.runbook("verify", str(record), "--trust", str(record.parent / "allowed_signers"))
     assert verified.returncode == 0, verified.stdout
     assert not (record / "attempts").exists()  # nothing was taken headless
-
-
-# What differs between a release that was walked and one that was taken headless; everything else is equal.
-DIFFERS = {
-    "verify.spot_checks": "people tick them in the lab; a headless rehearsal may leave them unrecorded",
-    "verify.watch_telemetry": "what was measured: a busy machine may leave the verdict open",
-    "verify.scan_logs": "what the logs say",
-}
-
-
-def test_apart_from_what_is_listed_its_record_is_that_of_a_headless_run(lab: Lab, project: Project) -> None:
-    walked = shape(project.root / "outputs" / "rehearsal" / lab.run_id)
-    project.runbook("stack", "down")
-    done = project.runbook("rehearse", "--json", timeout=500)
-    assert done.returncode == 0, done.stderr
-    headless = shape(Path(project.last_json(done)["record"]))
-
-    assert walked == headless
-
-
-def shape(record: Path) -> dict[str, Any]:
-    """A record without its names, times, sizes and digests: what a reader finds in which place."""
-    events = [json.loads(line) for line in (record / "ledger.jsonl").read_text().splitlines()]
-    outcomes = [e["data"] for e in events if e["kind"] == "step_outcome"]
-    statement = json.loads((record / "statement.json").read_bytes())
-    files = {p.relative_to(record).as_posix() for p in record.rglob("*") if p.is_file() and "review" not in p.parts}
-    return {
-        "steps": sorted(  # hosts are archived beside one another
-            (
-                o["step"],
-                o["status"],
-                o["result"]["title"],
-                o["result"]["verdict"],
-                [re.sub(r":[0-9]+$", ":PORT", name) for name in sorted(o["result"]["facts"])],
-            )
-            for o in outcomes
-            if o["step"] not in DIFFERS
-        ),
-        "gates": [(e["data"]["gate"], e["data"]["decision"]) for e in events if e["kind"] == "gate_decision"],
-        "checklist": [
-            (row["phase"], row["action"], row["owner"], row["done"] or row["phase"].startswith("Metrics"))
-            for row in json.loads((record / "checklist.json").read_bytes())["rows"]
-        ],
-        "predicate": {k: v for k, v in statement["predicate"].items() if k in ("state", "release", "versions")},
-        "notebooks": {p.name: cards(p) for p in sorted((record / "notebooks").glob("*.ipynb"))},
-        "files": {f for f in files if not f.startswith(("logs/", "decisions/"))},
-    }
-
-
-def cards(notebook: Path) -> list[Any]:
-    """Each code cell's source, with the steps whose card it shows."""
-    cells = [c for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code" and c.source.strip()]
-    found = []
-    for cell in cells:
-        shown = [o.data[MIME] for o in cell.outputs if MIME in o.get("data", {})]
-        source = cell.source if "injected-parameters" not in cell.metadata.get("tags", []) else "parameters"
-        found.append((source, [(p["step"], p["status"]) for card in shown for p in card["parts"]]))
-    return found
+    same_shape(record)  # as the record of a headless release has, see tests/runbooks/test_notebooks.py

@@ -12,6 +12,7 @@ import pytest
 
 from runbook_lib.phases import ALL, name_of, notebook_of
 from tests.project import ROOT, Project
+from tests.shape import same_shape
 
 PHASES = sorted((ROOT / "runbooks").glob("[0-9]*.ipynb"))
 DESK = ROOT / "runbooks" / "release_desk.ipynb"
@@ -105,3 +106,4 @@ def test_untouched_notebooks_walk_a_rehearsal_release_that_the_twins_people_sign
         assert ended.returncode == 0, ended.stderr
     verified = project.runbook("verify", str(run), "--trust", str(run.parent / "allowed_signers"))
     assert verified.returncode == 0, verified.stdout
+    same_shape(run)  # as that of a release that was walked in JupyterLab, see tests/browser/test_release.py
