@@ -26,9 +26,9 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium, or a skip that says how to get one."""
+    """Chromium, or a skip that says how to get one; ended with its file, since it keeps an event loop running here."""
     api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
     if not os.access(CHROMIUM, os.X_OK):
         pytest.skip(f"no {CHROMIUM}: as root: sh rehearsal/install-debian.sh, or apt-get install chromium")

@@ -55,6 +55,12 @@ class Lab:
         return self.log.read_text()
 
 
+def _as_at_a_terminal() -> None:
+    # A shell that runs the tests in its background has Ctrl-C ignored, nohup has SIGHUP so; children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @contextmanager
 def lab_of(project: Project, *words: str, env: Mapping[str, str] | None = None) -> Iterator[Lab]:
     """`runbook lab` on the project's run, ended with the body."""
@@ -67,8 +73,7 @@ def lab_of(project: Project, *words: str, env: Mapping[str, str] | None = None) 
         stderr=descriptor,
         text=True,
         start_new_session=True,
-        # A shell that runs the tests in its background has Ctrl-C ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=_as_at_a_terminal,
     )
     os.close(descriptor)
     try:

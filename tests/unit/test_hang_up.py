@@ -17,6 +17,7 @@ _ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in _ASKED}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests under nohup has it ignored
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
