@@ -330,7 +330,8 @@ def test_killed_while_dumping_the_dump_that_went_on_is_taken(opened: Open, slow_
 
 
 def test_killed_with_its_pg_dump_it_dumps_again(opened: Open, slow_tools: Tools) -> None:  # noqa: F811
-    line = 'case "$1" in --version) real "$@";; *) real "$@"; sleep 3;; esac'
+    # It stays until it is killed; what it sleeps by holds neither its pipe nor its lock.
+    line = 'case "$1" in --version) real "$@";; *) real "$@"; sleep 60 <&- >&- 2>&-;; esac'
     tools = slow_tools("pg_dump", line)
     one = opened(database__bin=str(tools))
     part = backup_files.part_of(backup_files.dump_paths(one.run)[".dump.zst"])

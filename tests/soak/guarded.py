@@ -90,8 +90,8 @@ _STEPS = (
     Guard(
         "a green step answers from the ledger",
         _STEP,
-        "if known.status is Status.GREEN and known.result is not None:",
-        "if False:",
+        "green = known.result if known.status is Status.GREEN else None",
+        "green = None",
         (f"{_T_STEP}a_green_step_answers_from_the_ledger_and_does_nothing",),
     ),
     Guard(
