@@ -224,18 +224,16 @@ class Panel:
     def _able(self) -> list[str]:
         raise NotImplementedError
 
-    def _button(
-        self, word: str, colour: str, work: Callable[[], Awaitable[str]], tip: str, *, doing: str = "signing …"
-    ) -> ipywidgets.Button:
+    def _button(self, word: str, colour: str, work: Callable[[], Awaitable[str]], tip: str) -> ipywidgets.Button:
         made = ipywidgets.Button(description=word, tooltip=tip, style={"button_color": colour, "text_color": "#ffffff"})
-        made.on_click(lambda _: self._press(work, doing))
+        made.on_click(lambda _: self._press(work))
         return made
 
-    def _press(self, work: Callable[[], Awaitable[str]], doing: str) -> None:
+    def _press(self, work: Callable[[], Awaitable[str]]) -> None:
         # JupyterLab may bring each page's clicks in a thread of its own: the first one counts, and the loop does the work.
         if self.ended or not self._busy.acquire(blocking=False):
             return
-        self._say(doing)
+        self._say("signing …")
         if self._loop is None:
             asyncio.run(self._do(work))
         else:

@@ -166,7 +166,8 @@ class Step:
         else:
             items = self.each(run)
             with progress.over(run.scratch, self.title, items) as doing:
-                _ = self._at_once(run, items, doing) if self.limit else self._in_turn(run, items, doing)
+                take = self._at_once if self.limit else self._in_turn
+                take(run, items, doing)
         return self.card(run)
 
     def settle_left_over(self, run: Run) -> None:
