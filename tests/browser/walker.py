@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, Request, expect
@@ -24,6 +25,7 @@ from tests.project import Project
 
 # Pressed so often, each time waited for so long, in seconds.
 _PRESSES, _BEGUN_S = 5, 10.0
+_RAN = re.compile(r"\[(\*|\d+)\]:")  # the prompt of a cell that runs or ran
 SLOW_MS = 90_000  # a bound is a failure, not a measurement: the machine may be at other work
 
 
@@ -123,6 +125,8 @@ class Notebook:
     def opened(cls, page: Page, url: str) -> Notebook:
         """Open it and wait until its kernel is ready."""
         page.goto(url)
+        # JupyterLab first brings back what another page had open: only then comes what was asked for.
+        cls._in_front(page, urlsplit(url).path.rpartition("/")[2])
         notebook = cls(page)
         notebook._ready()
         return notebook
@@ -132,10 +136,15 @@ class Notebook:
         """Open one more in a JupyterLab that is open, by the file browser as people do."""
         item = page.locator(f".jp-DirListing-item[data-file-type=notebook]:has-text('{name}')")
         item.dblclick()
-        page.locator(".lm-TabBar-tab.lm-mod-current", has_text=name).first.wait_for(timeout=SLOW_MS)
+        cls._in_front(page, name)
         notebook = cls(page)
         notebook._ready()
         return notebook
+
+    @staticmethod
+    def _in_front(page: Page, name: str) -> None:
+        current = page.locator("#jp-main-dock-panel .lm-TabBar-tab.lm-mod-current", has_text=name)
+        current.first.wait_for(timeout=SLOW_MS)
 
     def _ready(self) -> None:
         self.panel.locator(".jp-Cell").first.wait_for(timeout=SLOW_MS)
@@ -197,15 +206,16 @@ class Notebook:
 
     def run_all(self) -> None:
         """Run → Run All Cells; waits until it has begun."""
+        # Cells are drawn one after another: one that comes into view has no number, and nothing began by that.
         prompts = self.panel.locator(".jp-CodeCell .jp-InputPrompt")
-        before = prompts.all_inner_texts()
+        before = set(filter(_RAN.fullmatch, prompts.all_inner_texts()))
 
         def act() -> None:
             self.panel.locator(".jp-CodeCell .cm-content").first.click()
             self.page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
             self.page.locator("li[data-command='runmenu:run-all']").click()
 
-        self._until_begun(act, lambda: prompts.all_inner_texts() != before)
+        self._until_begun(act, lambda: not before.issuperset(filter(_RAN.fullmatch, prompts.all_inner_texts())))
 
     def wait_output(self, source: str | int, text: str | re.Pattern[str]) -> None:
         """Wait until a cell shows a text."""
