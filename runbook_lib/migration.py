@@ -129,8 +129,8 @@ def long_transactions(run: Run) -> list[dict[str, Any]]:
     return [{"pid": p, "role": r, "application": a, "age_s": round(age, 1)} for p, r, a, age in rows]
 
 
-def refuse_while_migrating(run: Run) -> None:
-    """See that nothing is at work as the migration role: a killed client's statement goes on in the server.
+def refuse_while_migrating(run: Run, database: str) -> None:
+    """See that nothing is at work there as the migration role: a killed client's statement goes on in the server.
 
     Raises:
         StepInDoubtError: a session still is.
@@ -141,11 +141,11 @@ def refuse_while_migrating(run: Run) -> None:
     ) as session:
         rows = session.execute(
             "SELECT pid FROM pg_stat_activity WHERE usename = %s AND datname = %s AND state <> 'idle'",
-            (d.migrate_role, d.production),
+            (d.migrate_role, database),
         ).fetchall()
     if rows:
         raise StepInDoubtError(
-            f"a session of the migration role is still at work in the database (pid {rows[0][0]})",
+            f"a session of the migration role is still at work in {database} (pid {rows[0][0]})",
             remedy="wait for it",
         )
 

@@ -33,20 +33,24 @@ def is_shared(params: Params) -> bool:
     return bool(params.ledger) and not str(params.ledger).startswith("sqlite")
 
 
-def push(run: Run) -> None:
+def push(run: Run, *, ended: str = "") -> None:
     """Bring the store up to the folder as it is; nothing for a ledger of this machine alone.
 
     A store that does not answer, or lets nobody in, stops no release: the ledger notes it, and the next push makes up for it.
+
+    Args:
+        ended: the key of a step that writes nothing more, though the ledger has no outcome of it yet.
     """
     if not is_shared(run.params):
         return
     with _one_at_a_time:
-        _push(run)
+        _push(run, ended)
 
 
-def _push(run: Run) -> None:
+def _push(run: Run, ended: str) -> None:
     # What a step beside this one is writing follows when that one is done.
-    writing = tuple(f"{step.intent['children']}/" for step in run.state.steps.values() if step.status is Status.RUNNING)
+    at_work = (s for key, s in run.state.steps.items() if s.status is Status.RUNNING and key != ended)
+    writing = tuple(f"{step.intent['children']}/" for step in at_work)
     try:
         note = _read_note(run.scratch)
         known = set(note["known"])

@@ -348,8 +348,9 @@ class Step:
             "duration_s": round(duration_s, 3),
             "settled_by": settled_by,
         }
+        # Before the ledger names what the step left: who reads of it elsewhere finds it.
+        mirror.push(run, ended=key)
         self._write(run, "step_outcome", data)
-        mirror.push(run)
         return result
 
     def _failed(self, run: Run, key: str, number: int, started: float, said: str, error: Exception) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runbook_lib import migration
@@ -48,8 +48,9 @@ def staging_status(run: Run) -> StepResult:
 
 @step(
     "Rehearse the migration on staging",
-    recovery=Recovery.REPEAT,
+    recovery=Recovery.PROBE,
     owner="DBA",
+    timeout_s=1800.0,
     expected_s=0.5,
     way_back="none needed: staging keeps this release's schema",
 )
@@ -66,14 +67,49 @@ def rehearse_on_staging(run: Run) -> StepResult:
     left = migration.pending_versions(run, staging)
     if left:
         raise StepFailedError(f"staging still lacks {left}", remedy="mend the migration, then make a new candidate")
-    after = migration.applied_versions(run, staging)
-    return StepResult(
-        facts={
-            "applied now": [v for v in after if v not in before],
-            "staging has": after,
-            "seconds": round(time.monotonic() - started, 2),
-        }
-    )
+    result = _rehearsed(run, before)
+    return StepResult(facts={**result.facts, "seconds": round(time.monotonic() - started, 2)})
+
+
+def _rehearsed(run: Run, before: Sequence[str]) -> StepResult:
+    after = migration.applied_versions(run, run.params.database.staging)
+    return StepResult(facts={"applied now": [v for v in after if v not in before], "staging has": after})
+
+
+@rehearse_on_staging.pre_state
+def _staging_before(run: Run) -> dict[str, Any]:
+    return {"versions": migration.applied_versions(run, run.params.database.staging)}
+
+
+@rehearse_on_staging.probe
+def _already_rehearsed(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
+    staging = run.params.database.staging
+    if _refuse_half_done(run, staging, intent, "staging-migrate"):
+        return None
+    return _rehearsed(run, intent["pre_state"]["versions"])
+
+
+def _refuse_half_done(run: Run, database: str, intent: Mapping[str, Any], name: str) -> list[str]:
+    """What is still pending after a migration was killed: all of it may be applied again.
+
+    Each migration and its row in schema_migrations are one transaction: the rows tell, where that is so.
+
+    Raises:
+        StepInDoubtError: the first one runs outside a transaction, and the killed tool had begun.
+    """
+    migration.refuse_while_migrating(run, database)
+    pending = migration.pending_versions(run, database)
+    # The command's lock file stands from before its fork on: without one nothing was started here. Whether another
+    # machine had started it, nobody sees from here.
+    begun = not processes.is_here(intent["executor"]) or any((run.folder / intent["children"]).glob(f"{name}.*"))
+    if pending and begun:
+        files = migrations.versions_in(run.tree(run.release.commit), run.params.migrations.directory)
+        if not migrations.transactional(files[pending[0]]):
+            raise StepInDoubtError(
+                f"{files[pending[0]].name} runs outside a transaction and may be half done in {database}",
+                remedy="let a DBA look",
+            )
+    return pending
 
 
 @rehearse_on_staging.plan
@@ -184,20 +220,8 @@ def _migrated(run: Run) -> StepResult | None:
 
 @migrate_production.probe
 def _already_migrated(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
-    """Each migration and its row in schema_migrations are one transaction: the rows tell, where that is so."""
-    migration.refuse_while_migrating(run)
-    found = _migrated(run)
-    # The command's lock file stands from before its fork on: without one nothing was started here. Whether another
-    # machine had started it, nobody sees from here.
-    begun = not processes.is_here(intent["executor"]) or any((run.folder / intent["children"]).glob("migrate.*"))
-    if found is None and begun:
-        files = migrations.versions_in(run.tree(run.release.commit), run.params.migrations.directory)
-        first = migration.pending_versions(run, run.params.database.production)[0]
-        if not migrations.transactional(files[first]):
-            raise StepInDoubtError(
-                f"{files[first].name} runs outside a transaction and may be half done", remedy="let a DBA look"
-            )
-    return found
+    pending = _refuse_half_done(run, run.params.database.production, intent, "migrate")
+    return None if pending else _migrated(run)
 
 
 @migrate_production.plan

@@ -64,7 +64,7 @@ def let_interrupted_end(run: Run) -> None:
         lease.refuse_at_work(run, key, now.intent, now.intent_time)
         processes.wait_for_children(run.folder / now.intent["children"], timeout_s=_LEFT_OVER_S)
     if touched(run, "migrate.migrate_production"):
-        migration.refuse_while_migrating(run)
+        migration.refuse_while_migrating(run, run.params.database.production)
 
 
 def schema_difference(run: Run) -> list[str]:

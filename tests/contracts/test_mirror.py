@@ -12,7 +12,10 @@ from runbook_lib.adapters import processes
 from runbook_lib.adapters.objects import S3Store
 from runbook_lib.canonical import canonical_json, sha256
 from runbook_lib.errors import PausedError, VerificationError
-from runbook_lib.model import Event
+from runbook_lib.model import Artifact, Event, StepResult
+from runbook_lib.phases import prepare
+from runbook_lib.run import Run
+from runbook_lib.step import current_attempt
 from tests.unit.conftest import OpenRun, open_run, people  # noqa: F401  # fixtures
 
 if TYPE_CHECKING:
@@ -153,6 +156,31 @@ def test_a_store_that_lets_nobody_in_stops_no_release(shared: OpenRun, tmp_path:
 
     said = [e.data["text"] for e in run.ledger.events(run.run_id) if e.kind == "note"]
     assert ["the folder was not mirrored" in said[0], "params.json was not mirrored" in said[1]] == [True, True]
+
+
+def test_what_a_step_leaves_is_in_the_store_before_the_ledger_names_it(
+    shared: OpenRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that dies right after its outcome takes nothing with it: another one has the files and the logs."""
+    run = shared()
+    monkeypatch.setattr(prepare.confirm_candidate, "action", lambda run: StepResult(artifacts=(said(run),)))
+
+    prepare.confirm_candidate(run)
+
+    events = run.ledger.events(run.run_id)
+    named = next(n for n, e in enumerate(events) if e.kind == "step_outcome")
+    mirror.fetch(run.services.store, events[: named + 1], tmp_path / "other", tmp_path / "scratch")
+    assert (tmp_path / "other" / "artifacts" / "candidate.txt").read_text() == "seen"
+    assert (tmp_path / "other" / "logs" / "prepare.confirm_candidate" / "1" / "look.log").read_text() == "looked"
+
+
+def said(run: Run) -> Artifact:
+    """What a step leaves: an artifact, and a log."""
+    attempt = current_attempt()
+    assert attempt is not None
+    attempt.folder.mkdir(parents=True)
+    (attempt.folder / "look.log").write_text("looked")
+    return run.keep("candidate.txt", "seen")
 
 
 def test_nothing_goes_forward_on_a_file_that_is_nowhere(shared: OpenRun) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,34 @@ Open = Callable[..., Opened]
 STEP = "migrate.migrate_production"
 
 
+HalfDone = Callable[[str], Run]
+
+
 @pytest.fixture
-def half(opened: Open, tmp_path: Path, twin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F811
-    """A run whose migration, outside a transaction, was ended by its time-out after its first statement."""
+def half_done(opened: Open, tmp_path: Path, twin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> HalfDone:  # noqa: F811
+    """Opens a run whose migrations, outside a transaction, are ended by their time-out after their first statement."""
     d = twin["database"]
-    tool = tmp_path / "half"
-    tool.write_text(
-        "#!/bin/sh\n"
-        f"psql -h 127.0.0.1 -p {d['port']} -U {d['migrate_role']} {d['production']} "
-        "-c 'ALTER TABLE orders ADD COLUMN half int'\nexec sleep 600\n"
-    )
-    tool.chmod(0o755)
-    monkeypatch.setattr(migrations, "transactional", lambda _path: False)
-    run = opened(migrations__executable=str(tool), migrations__timeout_s="3").run
-    run.ledger.take_lock(run.run_id, "rehearsal")
+
+    def made(database: str) -> Run:
+        tool = tmp_path / "half"
+        tool.write_text(
+            "#!/bin/sh\n"
+            f"psql -h 127.0.0.1 -p {d['port']} -U {d['migrate_role']} {database} "
+            "-c 'ALTER TABLE orders ADD COLUMN half int'\nexec sleep 600\n"
+        )
+        tool.chmod(0o755)
+        monkeypatch.setattr(migrations, "transactional", lambda _path: False)
+        run = opened(migrations__executable=str(tool), migrations__timeout_s="3").run
+        run.ledger.take_lock(run.run_id, "rehearsal")
+        return run
+
+    return made
+
+
+@pytest.fixture
+def half(half_done: HalfDone, twin: dict[str, Any]) -> Iterator[Run]:  # noqa: F811
+    """Half done in production."""
+    run = half_done(twin["database"]["production"])
     migrate.record_schema(run)
     with pytest.raises(StepFailedError, match="was ended after 3 s"):
         migrate.migrate_production(run)
@@ -55,6 +69,20 @@ def test_a_migration_that_its_time_out_ended_half_done_is_not_begun_again(half: 
     assert half.state.step(STEP).status is Status.BLOCKED
     logs = sorted(path.name for path in (half.folder / "logs" / STEP).iterdir())
     assert logs == ["1"]
+
+
+def test_a_rehearsal_on_staging_that_its_time_out_ended_half_done_is_not_begun_again(
+    half_done: HalfDone,
+    twin: dict[str, Any],  # noqa: F811
+) -> None:
+    run = half_done(twin["database"]["staging"])
+    with pytest.raises(StepFailedError, match="was ended after 3 s"):
+        migrate.rehearse_on_staging(run)
+
+    with pytest.raises(StepInDoubtError, match=rf"may be half done in {twin['database']['staging']}"):
+        migrate.rehearse_on_staging(run)
+
+    assert [path.name for path in (run.folder / "logs" / "migrate.rehearse_on_staging").iterdir()] == ["1"]
 
 
 def test_the_way_back_does_not_pass_over_a_migration_that_may_be_half_done(half: Run) -> None:

@@ -28,6 +28,7 @@ IN_DOUBT = {
     "backup.archive_files": "is there and is not what this run verified",
     "backup.dump_database": "is there and is not what this run verified",
     "backup.replicate_off_site": "its probe cannot tell: backup.dump_database recorded no sha256",
+    "migrate.rehearse_on_staging": 'database "app_rehearsal" does not exist',
     "migrate.migrate_production": 'database "app_staging" does not exist',
     "deploy.deploy_release": "could not be started: No such file or directory",
     "complete.lift_freeze": "the repository .* is not there",
