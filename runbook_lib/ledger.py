@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
 
-from runbook_lib.canonical import canonical_json, sha256
+from runbook_lib.canonical import canonical_json
 from runbook_lib.clock import Moment
 from runbook_lib.errors import FencedError, LedgerUnavailableError, PausedError, UsageError, VerificationError
 from runbook_lib.model import Event
@@ -329,11 +330,7 @@ class Ledger:
         of_run = sa.select(_events).where(_events.c.run_id == run_id, _events.c.seq > after)
         rows = connection.execute(of_run.order_by(_events.c.seq))
         try:
-            # A JSON object, whatever else could be read.
-            events = [
-                Event(row.run_id, row.seq, row.time, row.kind, {**json.loads(row.data)}, row.prev, row.hash)
-                for row in rows
-            ]
+            events = [_event(row.run_id, row.seq, row.time, row.kind, row.data, row.prev, row.hash) for row in rows]
         except (ValueError, TypeError) as error:
             raise VerificationError(
                 f"a row of run {run_id} is no event: {error}", remedy="keep the ledger as it is; runbook fsck"
@@ -354,7 +351,13 @@ def _chained(last: Event | None, run_id: str, kind: str, data: Mapping[str, Any]
         data = {**data, "format": _FORMAT}
     now = Moment.now()
     draft = Event(run_id, seq, now.text, kind, {**data, "clock": now.clock}, prev, "")
-    return replace(draft, hash=sha256(canonical_json(draft.body())))
+    return replace(draft, hash=draft.digest)
+
+
+@lru_cache(maxsize=8192, typed=True)
+def _event(run_id: str, seq: int, time: str, kind: str, data: str, prev: str, hash: str) -> Event:  # noqa: A002
+    """One row; the same object for the same row, so that its hash is taken once: a step asks for the state many times."""
+    return Event(run_id, seq, time, kind, {**json.loads(data)}, prev, hash)  # a JSON object, whatever else is JSON
 
 
 def check_format(number: Any, what: str) -> None:
@@ -383,7 +386,7 @@ def check_chain(events: Iterable[Event], *, seq: int = 0, head: str = GENESIS) -
     """
     prev = head
     for number, event in enumerate(events, seq + 1):
-        if event.seq != number or event.prev != prev or sha256(canonical_json(event.body())) != event.hash:
+        if event.seq != number or event.prev != prev or event.digest != event.hash:
             raise VerificationError(
                 f"event {event.seq} of run {event.run_id} breaks the chain (expected number {number})",
                 remedy="keep the ledger file as it is, and compare it with the sealed record",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from runbook_lib.canonical import digest
 from runbook_lib.clock import Moment
 
 
@@ -134,7 +136,7 @@ class Completed:
         return "\n".join(self.output.splitlines()[-lines:])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Event:
     """One line of the ledger; `hash` covers all other fields, `prev` is the hash of the line before."""
 
@@ -162,6 +164,11 @@ class Event:
         if self.kind == "run_opened" and "params_sha256" in data:
             found.append(("params.json", data["params_sha256"]))
         return found
+
+    @cached_property
+    def digest(self) -> str:
+        """What the hash must be."""
+        return digest(self.body())
 
     def body(self) -> dict[str, Any]:
         """What the hash is taken over."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,11 @@ from tests.project import ROOT, Project
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.register_profile("soak", max_examples=5000, deadline=None)
 settings.load_profile("quick")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--ledger postgresql` runs the whole suite over a ledger that is shared; a test that names its own keeps it."""
+    parser.addoption("--ledger", choices=("sqlite", "postgresql"), default="sqlite", help="what runs are kept in")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,6 +46,15 @@ def ledger_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LedgerSe
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def new_ledger(request: pytest.FixtureRequest) -> Callable[[], str | None]:
+    """Makes an empty ledger for a project's params, as `--ledger` says; None for the default, a file of its own."""
+    if request.config.getoption("--ledger") == "sqlite":
+        return lambda: None
+    server: LedgerServer = request.getfixturevalue("ledger_server")
+    return server.new_ledger
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def ledger_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty ledger's address, once for each kind of database."""
@@ -51,11 +65,12 @@ def ledger_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+def project(tmp_path_factory: pytest.TempPathFactory, new_ledger: Callable[[], str | None]) -> Iterator[Project]:
     root = tmp_path_factory.mktemp("project")
     for folder in ("params", "runbooks"):
         shutil.copytree(ROOT / folder, root / folder)
-    made = Project(root)
+    made = Project(root, new_ledger())
+    made.name_ledger()
     done = made.runbook("stack", "up", "--json")
     assert done.returncode == 0, done.stderr
     yield made

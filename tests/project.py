@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from runbook_lib.ledger import Ledger
 from runbook_lib.state import RunState
 
@@ -24,6 +26,18 @@ class Project:
     """A copy of params/ and runbooks/ with a twin and outputs of its own; `env` points the command at it."""
 
     root: Path
+    ledger_url: str | None = None  # None: the default, a file
+
+    def name_ledger(self) -> None:
+        """Let every params file name the ledger."""
+        for path in (self.root / "params").glob("*.yml") if self.ledger_url else ():
+            data = yaml.safe_load(path.read_text())
+            path.write_text(yaml.safe_dump({**data, "ledger": self.ledger_url}, sort_keys=False))
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger, opened anew."""
+        return Ledger(self.ledger_url or f"sqlite:///{self.root / 'outputs' / 'ledger.sqlite'}")
 
     @property
     def env(self) -> dict[str, str]:
@@ -70,7 +84,7 @@ class Project:
         return sorted(p for p in folder.glob("2*") if p.is_dir()) if folder.is_dir() else []
 
     def state(self, run_id: str) -> RunState:
-        return Ledger(f"sqlite:///{self.root / 'outputs' / 'ledger.sqlite'}").state(run_id)
+        return self.ledger.state(run_id)
 
     def approve(
         self, run_id: str, gate: str, person: str, *, key_of: str | None = None

@@ -11,7 +11,6 @@ pytest.importorskip("playwright", reason="no playwright: pip install playwright"
 
 from playwright.sync_api import Locator, Page, expect  # noqa: E402
 
-from runbook_lib.ledger import Ledger  # noqa: E402
 from tests.browser.walker import SLOW_MS, Lab  # noqa: E402
 from tests.project import Project, wait_until  # noqa: E402
 
@@ -33,8 +32,7 @@ def opened(lab: Lab, page: Page) -> Locator:
 
 
 def kinds(project: Project, lab: Lab) -> list[str]:
-    ledger = Ledger(f"sqlite:///{project.root / 'outputs' / 'ledger.sqlite'}")
-    return [event.kind for event in ledger.events(lab.run_id)]
+    return [event.kind for event in project.ledger.events(lab.run_id)]
 
 
 def test_a_living_desk_hides_its_twin(desk: Locator, page: Page) -> None:

@@ -84,7 +84,9 @@ class Opened:
 
 
 @pytest.fixture
-def opened(twin: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Opened]:
+def opened(
+    twin: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_ledger: Callable[[], str | None]
+) -> Callable[..., Opened]:
     """Opens a run of the next release in a project folder of the test's own; steps need no order in it."""
     home = tmp_path / "home"
     (home / "runbooks").mkdir(parents=True)
@@ -113,8 +115,11 @@ def opened(twin: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             monkeypatch.setattr(step, "before", ())
             monkeypatch.setattr(step, "guard", None)
 
+    ledger = new_ledger()
+    shared = {"ledger": ledger} if ledger else {}
+
     def open_one(version: str = "next", **settings: str) -> Opened:
-        given = {name.replace("__", "."): value for name, value in settings.items()}
+        given = {**shared, **{name.replace("__", "."): value for name, value in settings.items()}}
         draft = wiring.preview("rehearsal", version, settings=given)
         return Opened(wiring.create(draft, plan=plan_of(draft)))
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import psycopg
 
 from tests.project import ROOT
+from tests.soak import forked
 from tests.soak.killpoints import Walk, wait, walked
 from tests.soak.worlds import differences
 
@@ -68,10 +69,9 @@ class Kill:
 
 def run_phase(run_id: str, phase: str, *, log: Path) -> int:
     """Fork an executor that takes one phase by its notebook, in a kernel; returns its pid."""
-    import papermill  # noqa: F401  # once here, not in every child
-
     from runbook_lib import executor, lease, wiring
 
+    forked.import_all()
     pid = os.fork()
     if pid:
         return pid
@@ -81,6 +81,7 @@ def run_phase(run_id: str, phase: str, *, log: Path) -> int:
         out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        forked.Ahead().install()
         run = wiring.attach(run_id)
         with lease.held(run):
             kernels = _one_kernel()(run.root, lease.handed_down(run))
@@ -138,7 +139,7 @@ def processes_of(executor: int) -> dict[int, str]:
 def kill(executor: int, target: str, draw: random.Random) -> bool:
     """Kill what is drawn, if it is there now."""
     tree = processes_of(executor)
-    kernels = [pid for pid, line in tree.items() if "ipykernel_launcher" in line and pid != executor]
+    kernels = [pid for pid, line in tree.items() if line == tree[executor] and pid != executor]  # forked, see `forked`
     commands = [pid for pid, line in tree.items() if pid != executor and pid not in kernels and line]
     match target:
         case "executor":

@@ -34,7 +34,9 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def open_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, people: dict[str, Path]) -> OpenRun:
+def open_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, people: dict[str, Path], new_ledger: Callable[[], str | None]
+) -> OpenRun:
     """Opens a run of an environment with one local host; keywords are `--set` overrides, `__` for a dot."""
     home = tmp_path / "home"
     for folder in ("params", "runbooks", "backups", "app-01"):
@@ -48,6 +50,7 @@ def open_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, people: dict[str, 
     data["hosts"]["web"] = {"app-01": {"address": f"local:{home / 'app-01'}", "url": "http://127.0.0.1:9"}}
     data["backup"]["directory"] = str(home / "backups")
     data["record"]["key"] = f"file:{people['recorder']}"
+    data["ledger"] = new_ledger()
     (home / "params" / "staging.yml").write_text(yaml.safe_dump(data))
     monkeypatch.setenv("RUNBOOK_HOME", str(home))
     monkeypatch.setenv("PATH", os.environ["PATH"])  # a run puts its tools in front

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,7 @@ def test_a_file_that_is_gone_or_changed_is_named(folder: Path, file: str) -> Non
 def test_any_changed_field_breaks_the_chain(at: int, name: str) -> None:
     events = chained(sound_story())
     changed = {"data": {**events[at].data, "x": 1}}.get(name, "x")
-    events[at] = Event(**{**{k: getattr(events[at], k) for k in Event.__slots__}, name: changed})
+    events[at] = replace(events[at], **{name: changed})
 
     assert CHAIN in broken(events, Path("/nowhere"))
 

@@ -71,6 +71,7 @@ def test_a_table_of_events_cannot_be_emptied(ledger_server: LedgerServer) -> Non
 def test_an_event_changed_behind_the_triggers_breaks_the_chain(ledger: Ledger, column: str) -> None:
     ledger.append("run-1", "note", {"text": "a"})
     ledger.append("run-1", "note", {"text": "b"})
+    assert len(ledger.events("run-1")) == 3  # a process that has read them before is told as well
     value = '{"text":"c"}' if column == "data" else "x"
     as_an_intruder(ledger, f"UPDATE events SET {column} = '{value}' WHERE seq = 2")
 
