@@ -9,9 +9,9 @@ from typing import Any
 
 from runbook_lib import preflight, wiring
 from runbook_lib.adapters import http
-from runbook_lib.errors import RunbookError
+from runbook_lib.errors import RunbookError, UsageError
 from runbook_lib.model import Command
-from runbook_lib.params import Params
+from runbook_lib.params import Database, Params
 
 
 def examine(params: Params) -> list[dict[str, Any]]:
@@ -41,6 +41,7 @@ def examine(params: Params) -> list[dict[str, Any]]:
         (params.database.migrate_role, params.database.staging),
     ):
         check(f"database {database} as {role}", lambda r=role, d=database: _connects(services.database, r, d))  # type: ignore[misc]
+    check("fence for the migration tool", lambda: _may_fence(services.database, params.database))
     check("object store", lambda: f"{services.store.used_bytes():,} bytes stored")
     check("repository", lambda: f"frozen by {services.repository.frozen_by() or 'nobody'}")
     if services.balancer is not None:
@@ -68,3 +69,16 @@ def _answers(command: Command) -> str:
 def _connects(database: Any, role: str, name: str) -> str:
     with database.connect(role, name, application="runbook: doctor") as connection:
         return f"server {connection.info.server_version}"
+
+
+def _may_fence(database: Any, named: Database) -> str:
+    with database.connect(named.admin_role, named.maintenance, application="runbook: doctor") as connection:
+        row = connection.execute(
+            "SELECT rolsuper OR rolcreaterole FROM pg_roles WHERE rolname = current_user"
+        ).fetchone()
+    if row is None or not row[0]:
+        raise UsageError(
+            f"{named.admin_role} may not make roles: no migration could be let in",
+            remedy=f"ALTER ROLE {named.admin_role} CREATEROLE",
+        )
+    return f"{named.admin_role} may make roles"

@@ -20,6 +20,7 @@ from runbook_lib.ledger import Ledger
 from runbook_lib.model import Status, StepResult
 from runbook_lib.run import Run
 from tests.project import ROOT, wait_until
+from tests.unit.conftest import OpenRun
 
 
 @pytest.fixture(autouse=True)
@@ -293,9 +294,10 @@ def test_a_look_without_news_reads_and_draws_nothing(run: Run) -> None:
     assert not desk._seen.look()
 
 
-def test_a_ledger_that_does_not_answer_is_told_and_what_was_known_stays(run: Run, tmp_path: Path) -> None:
+def test_a_ledger_that_does_not_answer_is_told_and_what_was_known_stays(open_run: OpenRun, tmp_path: Path) -> None:
+    file = tmp_path / "ledger.sqlite"
+    run = open_run(ledger=f"sqlite:///{file}")
     desk = Desk(run)
-    file = Path(run.ledger.url.removeprefix("sqlite:///"))
     kept = file.read_bytes()
     for path in file.parent.glob(f"{file.name}*"):
         path.unlink()
