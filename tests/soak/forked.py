@@ -68,7 +68,9 @@ def _sleep_until_woken(ear: int) -> None:
             os.environ.update(words["env"])
             os.chdir(words["cwd"])
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            sys.argv = words["command"][words["command"].index("-m") + 1 :]
+            # Jupyter tells by the environment whom the kernel must not outlive, and that is read when it is imported.
+            whom = f"--IPKernelApp.parent_handle={words['env']['JPY_PARENT_PID']}"
+            sys.argv = [*words["command"][words["command"].index("-m") + 1 :], whom]
             from ipykernel import kernelapp
 
             kernelapp.launch_new_instance()
