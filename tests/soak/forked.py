@@ -41,7 +41,7 @@ class Ahead:
         while os.getpgid(self.pid) != self.pid:  # Jupyter asks for its group as soon as it has it
             assert time.monotonic() < deadline, "the kernel has no process group of its own"
             time.sleep(0.001)
-        words = {"command": [*command], "cwd": named["cwd"], "env": {**named["env"]}}
+        words = {"command": [*command], "cwd": named["cwd"], "env": {**named["env"]}, "parent": os.getpid()}
         os.write(self._mouth, json.dumps(words).encode())
         os.close(self._mouth)
         return _Woken(self.pid, command)
@@ -68,8 +68,8 @@ def _sleep_until_woken(ear: int) -> None:
             os.environ.update(words["env"])
             os.chdir(words["cwd"])
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            # Jupyter tells by the environment whom the kernel must not outlive, and that is read when it is imported.
-            whom = f"--IPKernelApp.parent_handle={words['env']['JPY_PARENT_PID']}"
+            # Jupyter's launcher tells by the environment whom a kernel must not outlive, read when it is imported.
+            whom = f"--IPKernelApp.parent_handle={words['parent']}"
             sys.argv = [*words["command"][words["command"].index("-m") + 1 :], whom]
             from ipykernel import kernelapp
 
