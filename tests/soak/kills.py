@@ -263,7 +263,13 @@ def try_kill(walk: Walk, number: int, key: str) -> Kill:
 
 
 def _step(walk: Walk, number: int) -> str:
-    return random.Random(f"step {number}").choice([key for key in walk.steps if not key.endswith("sign_off")])
+    """Each step is as likely as any other, however many hosts it is done for."""
+    draw = random.Random(f"step {number}")
+    items: dict[str, list[str]] = {}
+    for key in walk.steps:
+        if not key.endswith("sign_off"):
+            items.setdefault(key.partition("@")[0], []).append(key)
+    return draw.choice(items[draw.choice(list(items))])
 
 
 def _rest(walk: Walk, key: str) -> list[str]:
