@@ -27,6 +27,7 @@ test: install
 SOAK ?= .soak
 soak: install
 	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest --ledger postgresql
 	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=soak
 	$(BIN)/python -m tests.soak --state $(SOAK)
 
