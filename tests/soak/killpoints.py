@@ -178,6 +178,9 @@ def run_step(
         except RunbookError as error:
             print(f"{type(error).__name__}: {error}", flush=True)
             code = error.exit_code
+        except OSError as error:  # the command says it so as well
+            print(f"{type(error).__name__}: {error}", flush=True)
+            code = 1
     except BaseException:
         traceback.print_exc()
     finally:

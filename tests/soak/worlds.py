@@ -227,6 +227,7 @@ class World:
             if now["schema"][database] != wanted["schema"][database]:
                 self._swap_schema(database, wanted["schema"][database])
         self._put_back_fence(wanted=bool(wanted["write fence"]))
+        self._forget_coming_epochs()
         for host in self.hosts:
             if now["hosts"][host] != wanted["hosts"][host]:
                 self._put_back_host(host, wanted["hosts"][host])
@@ -297,6 +298,23 @@ class World:
             self._run_sql(f"ALTER ROLE {role} IN DATABASE {PRODUCTION} {verb}")
             with self._session("postgres") as session:
                 session.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", (role,))
+
+    def _forget_coming_epochs(self) -> None:
+        """A clock that was ahead gave an epoch that this world's ledger, put back, knows nothing of."""
+        now = int(time.time() * 1000)
+        for host in self.hosts:
+            epoch = self.twin / "hosts" / host / ".runbook" / "epoch"
+            if epoch.exists() and int(epoch.read_text()) > now:
+                epoch.unlink()
+        with self._session("postgres") as session:
+            settings = session.execute(
+                "SELECT datname, split_part(setting, '=', 2)::bigint FROM pg_db_role_setting "
+                "JOIN pg_database d ON d.oid = setdatabase, unnest(setconfig) setting "
+                "WHERE setrole = 0 AND setting LIKE 'runbook.epoch=%'"
+            ).fetchall()
+            for database, epoch_there in settings:
+                if epoch_there > now:
+                    session.execute(sql.SQL('ALTER DATABASE {} RESET "runbook.epoch"').format(sql.Identifier(database)))
 
     def _keep_host(self, host: str, view: View) -> None:
         kept = self.checkpoints / "hosts" / f"{host}-{_word(str(view))}"
