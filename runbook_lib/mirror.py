@@ -7,6 +7,7 @@ event that names the list. What comes back is what the ledger names, byte for by
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -112,7 +113,7 @@ def fetch(store: ObjectStore, events: Sequence[Event], folder: Path, scratch: Pa
     files = _listing(store, run_id, listed, scratch)
     named = {path: digest for path, (digest, _) in _named(events).items()}
     ours = note["list"] == listed and (folder / "params.json").exists()
-    at_work, coming = _at_work(events, folder), scratch / "mirror-coming"
+    at_work = _at_work(events, folder)
     for name, wanted in sorted({**files, **named}.items(), key=lambda item: item[0] == "params.json"):
         target = folder / name
         if not target.resolve().is_relative_to(folder.resolve()):
@@ -122,12 +123,10 @@ def fetch(store: ObjectStore, events: Sequence[Event], folder: Path, scratch: Pa
             continue
         if there and sha256_file(target) == wanted:
             continue
-        if files.get(name) == wanted:
-            _get(store, run_id, wanted, coming)
-        elif not _got(store, run_id, wanted, coming):
-            continue  # its executor has not stored it yet: `refuse_missing` says so to who needs it
-        write_atomically(target, coming.read_bytes())
-    coming.unlink(missing_ok=True)
+        get = _get if files.get(name) == wanted else _got
+        content = get(store, run_id, wanted, scratch)
+        if content is not None:  # else its executor has not stored it yet: `refuse_missing` says so to who needs it
+            write_atomically(target, content)
     _write_note(scratch, listed, {*note["known"], *files.values(), listed})
 
 
@@ -175,10 +174,13 @@ def _at_work(events: Sequence[Event], folder: Path) -> bool:
 
 
 def _listing(store: ObjectStore, run_id: str, listed: str, scratch: Path) -> Mapping[str, str]:
-    file = scratch / "mirror-list.json"
-    if not file.is_file() or sha256_file(file) != listed:
-        _get(store, run_id, listed, file)
-    return dict(json.loads(file.read_bytes())["files"])
+    # Not the file that `push` makes its list in: another process of this machine may be just about to store that one.
+    file = scratch / "mirror-listed.json"
+    content = file.read_bytes() if file.is_file() else b""
+    if sha256(content) != listed:
+        content = _get(store, run_id, listed, scratch)
+        write_atomically(file, content)
+    return dict(json.loads(content)["files"])
 
 
 def _put(run: Run, path: Path, known: set[str]) -> str:
@@ -189,25 +191,28 @@ def _put(run: Run, path: Path, known: set[str]) -> str:
     return digest
 
 
-def _get(store: ObjectStore, run_id: str, digest: str, target: Path) -> Path:
+def _get(store: ObjectStore, run_id: str, digest: str, scratch: Path) -> bytes:
+    """A content by its digest. Others of this machine may fetch the same: it comes in a folder of its own."""
     stored = store.find(_key(run_id, digest))
     if stored is None:
         raise VerificationError(f"the store has not {_key(run_id, digest)}", remedy="look at the store")
-    store.fetch(stored, target)
-    if sha256_file(target) != digest:
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="mirror-") as coming:
+        target = Path(coming) / digest
+        store.fetch(stored, target)
+        content = target.read_bytes()
+    if sha256(content) != digest:
         raise VerificationError(f"{_key(run_id, digest)} came back as something else", remedy="look at the store")
-    return target
+    return content
 
 
-def _got(store: ObjectStore, run_id: str, digest: str, target: Path) -> bool:
+def _got(store: ObjectStore, run_id: str, digest: str, scratch: Path) -> bytes | None:
     """Get what no list names yet, if it is there and the store answers."""
     try:
-        if store.find(_key(run_id, digest)) is None:
-            return False
-        _get(store, run_id, digest, target)
+        if store.find(_key(run_id, digest)) is not None:
+            return _get(store, run_id, digest, scratch)
     except StepFailedError:
-        return False
-    return True
+        pass
+    return None
 
 
 def _key(run_id: str, digest: str) -> str:

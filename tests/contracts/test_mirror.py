@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +17,7 @@ from runbook_lib.canonical import canonical_json, sha256
 from runbook_lib.errors import PausedError, VerificationError
 from runbook_lib.model import Artifact, Event, StepResult
 from runbook_lib.phases import prepare
+from runbook_lib.ports import Stored
 from runbook_lib.run import Run
 from runbook_lib.step import current_attempt
 from tests.unit.conftest import OpenRun, open_run, people  # noqa: F401  # fixtures
@@ -112,6 +116,41 @@ def test_what_a_step_is_writing_here_is_left_alone(store: S3Store, tmp_path: Pat
     assert (tmp_path / "run" / "a.json").read_bytes() == b"a newer one"
 
 
+class Meeting(S3Store):
+    """A store whose every answer waits until two have asked, each for a file of its own."""
+
+    def __init__(self, store: S3Store, both: Barrier) -> None:
+        super().__init__(
+            store.bucket, store.prefix, endpoint=store.endpoint, credentials_file=str(store.credentials_file)
+        )
+        self.both = both
+
+    def fetch(self, stored: Stored, into: Path) -> None:
+        super().fetch(stored, into)
+        # The other one may be through with its files already.
+        with suppress(BrokenBarrierError):
+            self.both.wait(2)
+
+
+def test_two_that_attach_at_once_both_have_the_folder(store: S3Store, tmp_path: Path) -> None:
+    """`runbook status` beside `runbook resume` on a machine that has nothing of the run yet."""
+    names = ("logs/a", "logs/b", "logs/c", "logs/d", "params.json")
+    events, both = mirrored(store, {name: name.encode() for name in names}), Barrier(2)
+    # One of them has the list and the first file already: what they bring at the same moment differs.
+    later = tmp_path / "scratch"
+    mirror.fetch(store, mirrored(store, {"logs/a": b"logs/a"}), tmp_path / "run", later)
+
+    def attach(turn: int) -> None:
+        folder = tmp_path / ("run" if turn else "other")
+        mirror.fetch(Meeting(store, both), events, folder, later)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(attach, range(2)))
+
+    for folder in ("run", "other"):
+        assert {name: (tmp_path / folder / name).read_text() for name in names} == {name: name for name in names}
+
+
 def test_a_sealed_record_is_not_written_to(store: S3Store, tmp_path: Path) -> None:
     events = [*mirrored(store, {"params.json": b"{}", "a.json": b"a"}), outcome("a.json", b"a")]
     mirror.fetch(store, events, tmp_path / "run", tmp_path / "scratch")
@@ -181,6 +220,28 @@ def said(run: Run) -> Artifact:
     attempt.folder.mkdir(parents=True)
     (attempt.folder / "look.log").write_text("looked")
     return run.keep("candidate.txt", "seen")
+
+
+def test_a_look_from_beside_does_not_change_the_list_that_is_being_put(
+    shared: OpenRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`runbook status` attaches just when the executor has written its new list and not stored it yet."""
+    run = shared()
+    mirror.push(run)
+    put = S3Store.put
+
+    def looked_at(store: S3Store, path: Path, key: str, *, sha256: str, retain: bool = False) -> Any:
+        if path.name == "mirror-list.json":
+            mirror.fetch(run.services.store, run.ledger.events(run.run_id), run.folder, run.scratch)
+        return put(store, path, key, sha256=sha256)
+
+    monkeypatch.setattr(S3Store, "put", looked_at)
+    run.keep("more.txt", "more")
+    mirror.push(run)
+
+    events = run.ledger.events(run.run_id)
+    mirror.fetch(run.services.store, events, run.folder, run.scratch / "another")
+    assert [event.kind for event in events].count(mirror.EVENT) == 2
 
 
 def test_nothing_goes_forward_on_a_file_that_is_nowhere(shared: OpenRun) -> None:

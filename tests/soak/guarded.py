@@ -833,7 +833,7 @@ _BACKUPS = (
     Guard(
         "a run's folder comes from the store byte for byte, or not at all",
         _MIRROR,
-        "if sha256_file(target) != digest:",
+        "if sha256(content) != digest:",
         "if False:",
         (f"{_T_MIRROR}a_file_that_comes_back_as_something_else_is_not_taken",),
     ),
