@@ -466,14 +466,18 @@ def takeover(
     reason: Annotated[str, typer.Option(help="Why its executor cannot be asked.")],
     json: Json = False,
 ) -> None:
-    """Shut a run's executor out of the ledger and of every target, when it is lost or does not answer."""
+    """Shut a run's executor out of the ledger and of every target, when it is lost or does not answer.
+
+    A run that holds no environment (before phase 1, or ended) only changes hands.
+    """
     from runbook_lib import lease, wiring
 
     run = wiring.attach(run_id)
     if not reason.strip():
         raise UsageError("a takeover needs its reason", remedy="give --reason TEXT")
     fenced = lease.take_over(run, reason=reason)
-    _say(f"shut out at: {', '.join(fenced)}. Next: runbook resume {run_id}")
+    where = ", ".join(fenced) or "the ledger alone, since the run holds no environment"
+    _say(f"shut out at: {where}. Next: runbook {'review' if run.state.ended else 'resume'} {run_id}")
     if json:
         _print_json({**_summary(run), "fenced": fenced})
 

@@ -94,7 +94,8 @@ def take_over(run: Run, *, reason: str) -> list[str]:
 
     From the first event on the ledger refuses what it writes. A process on this machine is ended, the lease of one
     elsewhere is free once every target refuses it too; until then the run stays where it is, and the same command goes
-    on.
+    on. A run that does not hold its environment, before phase 1 or after its end, has nothing at targets that keep an
+    epoch, and another run may be at work there: then only the lease passes on.
 
     Raises:
         UsageError: nobody has to be shut out.
@@ -102,15 +103,13 @@ def take_over(run: Run, *, reason: str) -> list[str]:
     """
 
     def needed(state: RunState) -> None:
-        if state.ended:
-            raise UsageError(f"run {run.run_id} has ended: {state.ended}", remedy="runbook list")
         try:
             _refuse_held(state)
         except PausedError:
             return
         if any(_out_of_reach(state, s.intent) for s in state.steps.values() if s.status is Status.RUNNING):
             return
-        raise UsageError(f"nobody is at work on run {run.run_id}", remedy=f"runbook resume {run.run_id}")
+        raise UsageError(f"nobody is at work on run {run.run_id}", remedy=f"runbook status {run.run_id}")
 
     state = run.state
     before = state.executor
@@ -120,7 +119,8 @@ def take_over(run: Run, *, reason: str) -> list[str]:
         for process in known:
             if process is not None and not is_me(process):
                 _end(process)
-        fenced = fence.raise_everywhere(run)
+        # Asked behind the lease's event: from there on the one before cannot take the environment any more.
+        fenced = fence.raise_everywhere(run) if run.state.locked else []
         run.ledger.append(run.run_id, "takeover_done", {"fenced": fenced, "from": dict(before or {})})
     finally:
         run.ledger.epoch = None

@@ -258,6 +258,7 @@ def test_a_takeover_that_cannot_reach_a_target_leaves_the_run_shut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = opened().run
+    run.ledger.take_lock(run.run_id, "rehearsal")
     home = Path(run.services.hosts["app-02"].home)
     with stalled(run, "prepare.confirm_candidate", "git"):
         home.rename(home.with_name("away"))

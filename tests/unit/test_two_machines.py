@@ -1,4 +1,7 @@
-"""What people sign on one machine counts on every other one that reads the same ledger, with no store in between."""
+"""What people sign on one machine counts on every other one that reads the same ledger, with no store in between.
+
+And what a lost machine had, another one goes on with.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from runbook_lib import decisions, gate, testimony, wiring
+from runbook_lib import archive, decisions, executor, fence, gate, lease, testimony, wiring
 from runbook_lib.adapters import processes
-from runbook_lib.errors import VerificationError
+from runbook_lib.errors import PausedError, UsageError, VerificationError
 from runbook_lib.fsck import examine
 from runbook_lib.model import Status
-from runbook_lib.phases import verify
+from runbook_lib.phases import review, verify
 from runbook_lib.run import Run
 from tests.ledgers import LedgerServer
 from tests.unit.conftest import OpenRun
@@ -122,3 +125,67 @@ def test_a_settlement_given_elsewhere_is_in_the_folder_here(machines: Machines, 
 
     assert here.state.step(key).status is Status.GREEN
     assert missing(here) == []
+
+
+def lost(run: Run) -> None:
+    """Let another machine hold the run's lease, and never be seen again."""
+    wiring.attach(run.run_id).ledger.take_lease(run.run_id, {**processes.me(), "host": "lost"})
+
+
+def test_taking_over_a_run_that_does_not_hold_its_environment_touches_none_of_its_targets(open_run: OpenRun) -> None:
+    """Another run may be at work there, and must not be shut out."""
+    live, idle = open_run(), open_run()
+    with lease.held(live):
+        live.ledger.take_lock(live.run_id, "staging")
+        epoch = Path(live.services.hosts["app-01"].home) / ".runbook" / "epoch"
+        fence.raise_on(live, "app-01")
+        lost(idle)
+
+        assert lease.take_over(idle, reason="that machine is lost") == []
+
+        assert epoch.read_text().strip() == str(live.ledger.epoch)
+        fence.raise_on(live, "app-01")
+    with lease.held(idle):
+        pass
+
+
+def test_taking_over_a_run_that_holds_its_environment_goes_to_its_targets(run: Run) -> None:
+    run.ledger.take_lock(run.run_id, "staging")
+    lost(run)
+
+    with pytest.raises(PausedError, match="sessions in .* could not be fenced"):  # there is no database here
+        lease.take_over(run, reason="that machine is lost")
+
+
+def test_an_ended_run_whose_machine_is_lost_is_taken_over_and_sealed(run: Run) -> None:
+    run.ledger.append(run.run_id, "run_ended", {"state": "aborted"})
+    lost(run)
+    with pytest.raises(PausedError, match=f"runbook takeover {run.run_id}"):
+        executor.close(run)
+
+    assert lease.take_over(run, reason="that machine is lost") == []
+
+    executor.close(run)
+    assert [check.name for check in archive.verify(run.folder, run.trust) if not check.ok] == []
+    assert [f.why for f in examine(run.ledger.events(run.run_id), run.folder) if not f.ok] == []
+
+
+def test_a_review_whose_machine_is_lost_is_taken_over(run_with_database: Run) -> None:
+    run = run_with_database
+    executor.end(run, "aborted", reason="asked for")
+    lost(run)
+    intent = {"step": "review.list_attendees", "phase": "review", "attempt": 1, "title": "Who", "children": "logs/x"}
+    elsewhere = {**processes.me(), "host": "lost"}
+    wiring.attach(run.run_id).ledger.append(run.run_id, "step_intent", {**intent, "executor": elsewhere})
+
+    lease.take_over(run, reason="that machine is lost")
+
+    assert review.list_attendees(run).status == "green"
+    assert [check.name for check in archive.verify(run.folder, run.trust) if not check.ok] == []
+
+
+def test_nobody_takes_over_an_ended_run_that_nobody_holds(run: Run) -> None:
+    executor.end(run, "aborted", reason="asked for")
+
+    with pytest.raises(UsageError, match=f"nobody is at work on run {run.run_id}"):
+        lease.take_over(run, reason="bored")
