@@ -17,7 +17,7 @@ from typing import Any
 
 from runbook_lib import fence
 from runbook_lib.adapters import processes
-from runbook_lib.errors import FencedError, LedgerUnavailableError, PausedError, UsageError
+from runbook_lib.errors import FencedError, LedgerUnavailableError, PausedError, UsageError, VerificationError
 from runbook_lib.model import Status
 from runbook_lib.run import Run
 from runbook_lib.state import RunState
@@ -54,7 +54,7 @@ def held(run: Run) -> Iterator[None]:
         yield
     finally:
         # What cannot be given back passes on all the same once this process is gone.
-        with contextlib.suppress(FencedError, LedgerUnavailableError, _EndedError):
+        with contextlib.suppress(FencedError, LedgerUnavailableError, VerificationError, _EndedError):
             run.ledger.append(run.run_id, "lease_released", {}, guard=_refuse_released)
         run.ledger.epoch = None
 

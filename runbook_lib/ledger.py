@@ -20,6 +20,7 @@ from runbook_lib.canonical import canonical_json
 from runbook_lib.clock import Moment
 from runbook_lib.errors import FencedError, LedgerUnavailableError, PausedError, UsageError, VerificationError
 from runbook_lib.model import Event
+from runbook_lib.seen import Seen
 from runbook_lib.state import RunState, fold
 
 GENESIS = "0" * 64
@@ -80,11 +81,13 @@ class Ledger:
 
     Attributes:
         epoch: the lease that this process writes under as a run's executor; None for everybody else.
+        seen: what this machine remembers of the run that it works on; None for who looks at any run.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.epoch: int | None = None
+        self.seen: Seen | None = None
         address = sa.make_url(url)
         if address.drivername == "postgresql":
             address = address.set(drivername="postgresql+psycopg")
@@ -151,15 +154,20 @@ class Ledger:
 
         Raises:
             FencedError: this process writes under a lease that has passed to another one; nothing was recorded.
+            VerificationError: the ledger has lost an event that this machine has seen; nothing was recorded.
             LedgerUnavailableError: the database could not be written. Nothing was recorded, unless it was cut off while it
                 answered: reading again tells.
         """
         if not self._there():
             with self._guarded(), self._engine.connect() as connection:
                 self._create(connection)
+        seen = self._seen_of(run_id)
+        known = seen.newest() if seen else None
         with self._guarded(), self._engine.begin() as connection:
             connection.exec_driver_sql(_ALONE[connection.dialect.name])
             events = self._read(connection, run_id)
+            if seen:
+                seen.refuse_lost(known, events)
             if not events and environment is None:
                 raise UsageError(f"there is no run {run_id!r}", remedy="runbook list")
             state = fold(events)
@@ -183,7 +191,12 @@ class Ledger:
                     hash=event.hash,
                 )
             )
-            return event
+        if seen:
+            seen.keep(event)
+        return event
+
+    def _seen_of(self, run_id: str) -> Seen | None:
+        return self.seen if self.seen is not None and self.seen.run_id == run_id else None
 
     def take_lock(self, run_id: str, environment: str) -> None:
         """Make this the environment's one live run.
@@ -266,9 +279,13 @@ class Ledger:
         """A run's events, oldest first, with the chain checked.
 
         Raises:
-            VerificationError: a line was changed, removed or put in.
+            VerificationError: a line was changed, removed or put in, or the end is lost that this machine has seen.
         """
+        seen = self._seen_of(run_id)
+        known = seen.newest() if seen else None
         events = self.unchecked(run_id)
+        if seen:
+            seen.refuse_lost(known, events)
         check_chain(events)
         return events
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import decisions, gate, lease, mirror, preflight, signatures
+from runbook_lib import decisions, gate, lease, mirror, preflight, seen, signatures
 from runbook_lib import params as params_module
 from runbook_lib.adapters import http
 from runbook_lib.adapters.balancer import HttpBalancer
@@ -33,6 +33,7 @@ from runbook_lib.model import Release
 from runbook_lib.params import Params
 from runbook_lib.params_file import read_facts
 from runbook_lib.run import Run, Services, session_name
+from runbook_lib.seen import Seen
 from runbook_lib.state import RunState
 from runbook_lib.step import current_attempt
 
@@ -122,7 +123,7 @@ def _preview(params: Params, version: str) -> Run:
     preflight.check_window(params)
     preflight.check_watch(params)
     preflight.check_files(params)
-    scratch = root() / "outputs" / environment / ".scratch" / "RUN"
+    scratch = _scratch(environment, "RUN")
     services = _services(params, secrets, scratch, Path())
     preflight.check_tools(params)
     release = _release(params, services, version)
@@ -159,6 +160,7 @@ def create(draft: Run, *, plan: Mapping[str, Any], opened_by: str = "", people_s
     opener = preflight.opener(params, opened_by)
     run_id = f"{datetime.now(UTC).strftime('%Y%m%dT%H%M%SZ')}-{release.version}-{random.token_hex(3)}"
     run = _run(params, draft.ledger, run_id, release)
+    run.ledger.seen = Seen(run_id, run.scratch / seen.NAME)
     _write_trust(params, run.secrets)  # first: a key that cannot be used leaves no folder behind
     run.folder.mkdir(parents=True, exist_ok=False)
     run.scratch.mkdir(parents=True, exist_ok=True)
@@ -210,6 +212,7 @@ def attach(run_id: str) -> Run:
     data = json.loads(found.read_bytes())
     params = params_module.check(data, where=f"{run_id}/params.json")
     ledger = ledger_of(params)
+    ledger.seen = Seen(run_id, _scratch(params.environment, run_id) / seen.NAME)
     state = ledger.state(run_id)
     if digest(data) != state.opened["params_sha256"]:
         raise UsageError(f"params.json of {run_id} is not what the run was opened with", remedy="restore the file")
@@ -219,9 +222,17 @@ def attach(run_id: str) -> Run:
         _write_trust(params, Secrets())
     if mirror.is_shared(params) and ledger.epoch is None and mirror.newest(events := ledger.events(run_id)):
         mirror.fetch(run.services.store, events, run.folder, run.scratch)  # another machine may have been at it
-    for event in ledger.events(run_id):
+    events = ledger.events(run_id)
+    ledger.seen.keep(events[-1])
+    for event in events:
         decisions.bring(run, event.data)
     return run
+
+
+def seen_of(run_id: str) -> Seen | None:
+    """What this machine remembers of a run; None when it has seen nothing of it."""
+    found = next((root() / "outputs").glob(f"*/.scratch/{run_id}/{seen.NAME}"), None)
+    return Seen(run_id, found) if found is not None else None
 
 
 def known_ledgers(silent: list[str]) -> Iterator[tuple[Ledger, Params | None]]:
@@ -290,7 +301,7 @@ def _fetched(run_id: str) -> Path:
     if params is None or not mirror.is_shared(params):
         raise UsageError(f"there is no run {run_id}", remedy="runbook list")
     folder = root() / "outputs" / params.environment / run_id
-    scratch = root() / "outputs" / params.environment / ".scratch" / run_id
+    scratch = _scratch(params.environment, run_id)
     store = _services(params, Secrets(), scratch, folder).store
     mirror.fetch(store, ledger.events(run_id), folder, scratch)
     return folder / "params.json"
@@ -352,9 +363,13 @@ def release_of(state: RunState) -> Release:
     return Release(**{name: state.opened[name] for name in names})
 
 
+def _scratch(environment: str, run_id: str) -> Path:
+    return root() / "outputs" / environment / ".scratch" / run_id
+
+
 def _run(params: Params, ledger: Ledger, run_id: str, release: Release) -> Run:
     folder = root() / "outputs" / release.environment / run_id
-    scratch = root() / "outputs" / release.environment / ".scratch" / run_id
+    scratch = _scratch(release.environment, run_id)
     secrets = Secrets()
     return Run(
         run_id=run_id,

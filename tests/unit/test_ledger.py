@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from runbook_lib.errors import FencedError, LedgerUnavailableError, PausedError, UsageError, VerificationError
 from runbook_lib.ledger import Ledger
 from runbook_lib.model import Status
+from runbook_lib.seen import Seen
 from runbook_lib.state import RunState, fold
 from tests.ledgers import LedgerServer
 
@@ -86,6 +87,66 @@ def test_a_removed_event_breaks_the_chain(ledger: Ledger) -> None:
 
     with pytest.raises(VerificationError):
         ledger.events("run-1")
+
+
+def test_a_ledger_that_lost_what_this_machine_has_seen_takes_no_more_events(ledger: Ledger, tmp_path: Path) -> None:
+    """A standby that was promoted without the last commits: its chain is whole, and too short."""
+    ledger.seen = Seen("run-1", tmp_path / "seen.json")
+    for text in "ab":
+        ledger.append("run-1", "note", {"text": text})
+    as_an_intruder(ledger, "DELETE FROM events WHERE seq = 3")
+    lost = "the ledger ends with event 2 of run run-1; event 3, which this machine has seen, is lost"
+
+    with pytest.raises(VerificationError, match=lost):
+        ledger.state("run-1")
+    with pytest.raises(VerificationError, match=lost):
+        ledger.append("run-1", "note", {"text": "c"})
+
+    assert [event.seq for event in Ledger(ledger.url).events("run-1")] == [1, 2]
+
+
+def test_a_ledger_that_went_on_without_what_it_lost_is_refused(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.seen = Seen("run-1", tmp_path / "seen.json")
+    ledger.append("run-1", "note", {"text": "a"})
+    as_an_intruder(ledger, "DELETE FROM events WHERE seq = 2")
+    for text in "bc":
+        Ledger(ledger.url).append("run-1", "note", {"text": text})
+
+    with pytest.raises(VerificationError, match="ends with event 3 .* event 2, which this machine has seen, is another"):
+        ledger.events("run-1")
+
+
+def test_what_a_machine_has_seen_is_the_newest_whoever_wrote_it_last(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.seen = Seen("run-1", tmp_path / "seen.json")
+    first = ledger.append("run-1", "note", {"text": "a"})
+    second = ledger.append("run-1", "note", {"text": "b"})
+
+    ledger.seen.keep(first)
+
+    assert ledger.seen.newest() == (second.seq, second.hash)
+    ledger.append("run-2", "run_opened", OPENED, environment="rehearsal")  # another run's events are not compared
+    assert ledger.seen.newest() == (second.seq, second.hash)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"seq": 7}'])
+def test_a_machine_whose_memory_was_torn_or_taken_away_goes_on(
+    ledger: Ledger, tmp_path: Path, content: bytes
+) -> None:
+    file = tmp_path / "seen.json"
+    file.write_bytes(content)
+    ledger.seen = Seen("run-1", file)
+
+    assert ledger.append("run-1", "note", {"text": "a"}).seq == 2
+    assert ledger.seen.newest() is not None
+
+
+def test_an_event_is_recorded_though_the_machine_cannot_remember_it(ledger: Ledger, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ledger.seen = Seen("run-1", tmp_path / "file" / "seen.json")  # no folder: as on a disk that is full
+
+    ledger.append("run-1", "note", {"text": "a"})
+
+    assert len(ledger.events("run-1")) == 2
 
 
 def test_a_guard_that_raises_leaves_nothing_behind(ledger: Ledger) -> None:

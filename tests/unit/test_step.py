@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import fence, fsck, lease
+from runbook_lib import fence, fsck, lease, wiring
 from runbook_lib.adapters import processes
 from runbook_lib.errors import (
     DeniedError,
@@ -20,6 +20,7 @@ from runbook_lib.errors import (
     StepInDoubtError,
     UnavailableError,
     UsageError,
+    VerificationError,
 )
 from runbook_lib.ledger import Ledger
 from runbook_lib.model import Recovery, Status, StepResult
@@ -200,6 +201,31 @@ def test_a_secret_in_an_error_does_not_come_into_the_ledger(run: Run) -> None:
 
 
 # --- in doubt ----------------------------------------------------------------------------------------------------
+
+
+def test_a_step_whose_intent_the_ledger_has_lost_does_not_act_again(run: Run) -> None:
+    """Its effect may have happened, and nobody would ask."""
+    begun(run, gone())
+    here, acts = wiring.attach(run.run_id), Acts()
+    forget(run, KEY)
+
+    for handle in (here, run):
+        with pytest.raises(VerificationError, match=r"the ledger ends with event 2 of run .* event 3, .* is lost"):
+            acts.step()(handle)
+    with pytest.raises(VerificationError, match="is lost"):
+        wiring.attach(run.run_id)
+
+    assert acts.times == 0
+
+
+def forget(run: Run, key: str) -> None:
+    """Take away a step's events, the last ones of the ledger, behind its triggers."""
+    with run.ledger._engine.begin() as connection:
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql("DROP TRIGGER events_no_delete")
+        else:
+            connection.exec_driver_sql("SET session_replication_role = replica")
+        connection.exec_driver_sql(f"DELETE FROM events WHERE data LIKE '%\"step\":\"{key}\"%'")
 
 
 def test_what_only_a_person_can_tell_is_not_done_again(run_with_database: Run) -> None:
