@@ -787,25 +787,35 @@ def resolve(
 def fsck(run_id: Annotated[str, typer.Argument(metavar="[RUN]")] = "", json: Json = False) -> None:
     """Check the ledger's invariants, of one run or of all; changes nothing, exits 4 when one is broken."""
     from dataclasses import asdict
+    from functools import partial
 
     from runbook_lib import wiring
     from runbook_lib.fsck import Finding, examine, examine_together
     from runbook_lib.state import fold
 
-    found = []
+    found, known = [], set()
     for ledger, params in [wiring.ledger_with(run_id)] if run_id else _ledgers():
         states = []
-        for name in [run_id] if run_id else ledger.run_ids():
+        for name in [run_id] if run_id else ledger.every_run_id():
+            known.add(name)
+            seen = wiring.seen_of(name)
+            remembered = partial(seen.refuse_lost, seen.newest()) if seen else None
             try:
                 events = ledger.unchecked(name)
-            except VerificationError as error:
+            except (VerificationError, UsageError) as error:  # also when a later version wrote it
                 found.append(Finding(name, "every event can be read", ok=False, why=error.message))
                 continue
-            found += examine(events, *_folder_to_examine(params, events))
+            found += examine(events, *_folder_to_examine(params, events), remembered=remembered)
             with contextlib.suppress(VerificationError):  # found already
                 states.append(fold(events))
         if not run_id:
             found += examine_together(states)
+    for folder in [] if run_id else wiring.folders_of_no_run(known):
+        found.append(
+            Finding(
+                folder.name, "a ledger knows the run of each folder", ok=False, where=str(folder), why="no event of it"
+            )
+        )
     ok = all(finding.ok for finding in found)
     if json:
         _print_json({"ok": ok, "findings": [asdict(finding) for finding in found]})
@@ -822,7 +832,9 @@ def _folder_to_examine(params: Params | None, events: list[Event]) -> tuple[Path
     """A run's folder where it lies, and what the store has of it; nothing is fetched."""
     from runbook_lib import mirror, wiring
 
-    run_id, outputs = events[0].run_id, wiring.root() / "outputs" / str(events[0].data.get("environment", ""))
+    run_id, outputs = events[0].run_id, wiring.root() / "outputs"
+    here = next(outputs.glob(f"*/{run_id}"), None)  # also when the opening is gone, which names the environment
+    outputs = here.parent if here is not None else outputs / str(events[0].data.get("environment", ""))
     folder, scratch = outputs / run_id, outputs / ".scratch" / run_id
     if params is None or not mirror.is_shared(params):
         return folder, None

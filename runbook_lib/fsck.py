@@ -72,13 +72,20 @@ class Stored(Protocol):
         """`here`: something else is in the folder under its name."""
 
 
-def examine(events: Sequence[Event], folder: Path | None, stored: Stored | None = None) -> list[Finding]:
+def examine(
+    events: Sequence[Event],
+    folder: Path | None,
+    stored: Stored | None = None,
+    *,
+    remembered: Callable[[Sequence[Event]], None] | None = None,
+) -> list[Finding]:
     """Check a run's invariants.
 
     Args:
         events: all of its events, oldest first, the chain not checked yet.
         folder: the run's folder; None when it is not on this machine, and its files are not looked at.
         stored: of a run that other machines go on with; None when everything must be in the folder.
+        remembered: refuses events that lack what this machine has seen; None when it has seen nothing of the run.
     """
     run_id = events[0].run_id
     checks: list[tuple[str, Callable[[], None]]] = [
@@ -90,6 +97,8 @@ def examine(events: Sequence[Event], folder: Path | None, stored: Stored | None 
         ("epochs never fall", lambda: _told(events, _epochs)),
         ("nothing is left open at the end, and nothing begins after it", lambda: _told(events, _over)),
     ]
+    if remembered is not None:
+        checks.append(("the ledger has what this machine has seen of it", lambda: remembered(events)))
     if folder is not None:
         checks.append(("every artifact is there with its digest", lambda: _artifacts(events, folder, stored)))
         checks.append(("the ledger holds what was sealed", lambda: _sealed(events, folder)))
@@ -113,6 +122,8 @@ def examine_together(states: Iterable[RunState]) -> list[Finding]:
     findings = []
     live: dict[str, list[str]] = {}
     for state in states:
+        if not state.opened:
+            continue  # its opening is gone, which is found already
         holders = live.setdefault(state.opened["environment"], [])
         if state.locked and not state.ended:
             holders.append(state.run_id)

@@ -313,8 +313,16 @@ class Ledger:
         check_chain(events, seq=state.seq, head=state.head)
         return events
 
+    def every_run_id(self) -> list[str]:
+        """The ids of all runs of which there is any event, newest first: also of one whose opening is gone."""
+        query = sa.select(_events.c.run_id).group_by(_events.c.run_id).order_by(sa.func.min(_events.c.id).desc())
+        if not self._there():
+            return []
+        with self._guarded(), self._engine.connect() as connection:
+            return [row.run_id for row in connection.execute(query)]
+
     def run_ids(self, environment: str | None = None) -> list[str]:
-        """All runs' ids, newest first."""
+        """The ids of all runs that were opened, newest first."""
         query = sa.select(_events.c.run_id).where(_events.c.seq == 1).order_by(_events.c.id.desc())
         if environment is not None:
             query = query.where(_events.c.environment == environment)

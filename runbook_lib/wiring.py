@@ -8,7 +8,7 @@ import re
 import secrets as random
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -256,6 +256,26 @@ def known_ledgers(silent: list[str]) -> Iterator[tuple[Ledger, Params | None]]:
             yield Ledger(url), params
         except LedgerUnavailableError as error:
             silent.append(f"{params.environment}: {error.message}")
+
+
+def folders_of_no_run(known: Container[str]) -> list[Path]:
+    """Runs' folders in which something was done though no ledger has an event of the run.
+
+    Args:
+        known: the runs that the ledgers know; the one that a run's own params name is asked as well.
+    """
+    found = []
+    for file in sorted((root() / "outputs").glob("*/*/params.json")):
+        run_id = file.parent.name
+        # Who was killed while opening a run leaves its params alone.
+        if run_id in known or not _RUN_ID.fullmatch(run_id) or not (file.parent / "artifacts").is_dir():
+            continue
+        try:
+            if not any(ledger.seq(run_id) for ledger, _ in _own_ledger(run_id)):
+                found.append(file.parent)
+        except LedgerUnavailableError:  # it may know the run
+            continue
+    return found
 
 
 def ledger_with(run_id: str) -> tuple[Ledger, Params | None]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runbook_lib import cli
 from runbook_lib.canonical import canonical_json, sha256
 from runbook_lib.fsck import examine, examine_together
 from runbook_lib.ledger import GENESIS
 from runbook_lib.model import Event
+from runbook_lib.run import Run
 from runbook_lib.state import fold
+from tests.unit.conftest import OpenRun
 
 ORDER = "an intent before each effect, one live attempt a step"
 ONCE = "green once per step and input"
@@ -291,3 +296,75 @@ def test_an_environment_has_one_live_run() -> None:
 
     assert [f.ok for f in examine_together(states[:1])] == [True]
     assert [f.why for f in examine_together(states)] == ["held by run-1, run-2"]
+
+
+def fsck(capsys: pytest.CaptureFixture[str], *run_ids: str) -> tuple[int, str]:
+    """The command's exit code and its broken invariants."""
+    capsys.readouterr()
+    with pytest.raises(typer.Exit) as ended:
+        cli.fsck(*run_ids)
+    lines = capsys.readouterr().out.splitlines()
+    return ended.value.exit_code, "\n".join(line for line in lines if line.startswith("✖"))
+
+
+def behind_the_triggers(run: Run, statement: str, *, seq: int = 1) -> None:
+    with run.ledger._engine.begin() as connection:
+        if connection.dialect.name == "sqlite":
+            for verb in ("update", "delete"):
+                connection.exec_driver_sql(f"DROP TRIGGER IF EXISTS events_no_{verb}")
+        else:
+            connection.exec_driver_sql("SET session_replication_role = replica")
+        connection.exec_driver_sql(f"{statement} WHERE run_id = '{run.run_id}' AND seq = {seq}")
+
+
+def test_runs_that_are_whole_are_sound(open_run: OpenRun, capsys: pytest.CaptureFixture[str]) -> None:
+    open_run(), open_run()
+
+    assert fsck(capsys) == (0, "")
+
+
+def test_a_run_whose_opening_is_gone_is_found(open_run: OpenRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run, whole = open_run(), open_run()
+    behind_the_triggers(run, "DELETE FROM events")
+
+    for asked in ((), (run.run_id,)):
+        code, broken = fsck(capsys, *asked)
+        assert code == 4
+        assert f"{run.run_id} {CHAIN}: event 2 of run {run.run_id} breaks the chain" in broken
+        assert whole.run_id not in broken
+
+
+def test_a_run_of_a_later_format_is_a_finding_and_the_others_are_looked_at(
+    open_run: OpenRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later, broken_one = open_run(), open_run()
+    behind_the_triggers(later, """UPDATE events SET data = replace(data, '"format":1', '"format":9')""")
+    behind_the_triggers(broken_one, "UPDATE events SET time = 'x'")
+
+    code, broken = fsck(capsys)
+
+    assert code == 4
+    assert f"{later.run_id} every event can be read: run {later.run_id} is written in format 9" in broken
+    assert f"{broken_one.run_id} {CHAIN}" in broken
+
+
+def test_a_folder_that_no_ledger_knows_is_found(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    other = run.folder.with_name("20260102T030405Z-v1.5.0-a1b2c3")
+    other.mkdir()
+    shutil.copy(run.folder / "params.json", other)
+    assert fsck(capsys) == (0, "")  # killed while it was opened: nothing had happened yet
+
+    (other / "artifacts").mkdir()
+
+    code, broken = fsck(capsys)
+    assert (code, broken) == (4, f"✖ {other.name} a ledger knows the run of each folder: {other}: no event of it")
+
+
+def test_a_ledger_that_lost_what_this_machine_has_seen_is_found(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.ledger.append(run.run_id, "note", {"text": "seen"})
+    behind_the_triggers(run, "DELETE FROM events", seq=3)
+
+    code, broken = fsck(capsys, run.run_id)
+
+    assert code == 4
+    assert "the ledger has what this machine has seen of it: the ledger ends with event 2" in broken

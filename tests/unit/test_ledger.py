@@ -112,7 +112,9 @@ def test_a_ledger_that_went_on_without_what_it_lost_is_refused(ledger: Ledger, t
     for text in "bc":
         Ledger(ledger.url).append("run-1", "note", {"text": text})
 
-    with pytest.raises(VerificationError, match="ends with event 3 .* event 2, which this machine has seen, is another"):
+    with pytest.raises(
+        VerificationError, match=r"ends with event 3 .* event 2, which this machine has seen, is another"
+    ):
         ledger.events("run-1")
 
 
@@ -129,9 +131,7 @@ def test_what_a_machine_has_seen_is_the_newest_whoever_wrote_it_last(ledger: Led
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"seq": 7}'])
-def test_a_machine_whose_memory_was_torn_or_taken_away_goes_on(
-    ledger: Ledger, tmp_path: Path, content: bytes
-) -> None:
+def test_a_machine_whose_memory_was_torn_or_taken_away_goes_on(ledger: Ledger, tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "seen.json"
     file.write_bytes(content)
     ledger.seen = Seen("run-1", file)

@@ -225,7 +225,7 @@ def forget(run: Run, key: str) -> None:
             connection.exec_driver_sql("DROP TRIGGER events_no_delete")
         else:
             connection.exec_driver_sql("SET session_replication_role = replica")
-        connection.exec_driver_sql(f"DELETE FROM events WHERE data LIKE '%\"step\":\"{key}\"%'")
+        connection.exec_driver_sql(f'DELETE FROM events WHERE data LIKE \'%"step":"{key}"%\'')
 
 
 def test_what_only_a_person_can_tell_is_not_done_again(run_with_database: Run) -> None:

@@ -153,7 +153,7 @@ def test_taking_over_a_run_that_holds_its_environment_goes_to_its_targets(run: R
     run.ledger.take_lock(run.run_id, "staging")
     lost(run)
 
-    with pytest.raises(PausedError, match="sessions in .* could not be fenced"):  # there is no database here
+    with pytest.raises(PausedError, match=r"sessions in .* could not be fenced"):  # there is no database here
         lease.take_over(run, reason="that machine is lost")
 
 
