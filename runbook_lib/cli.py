@@ -179,7 +179,6 @@ def _progress(run: Run) -> Iterator[None]:
     def tell() -> None:
         nonlocal seen
         for event in run.ledger.events(run.run_id)[seen:]:
-            seen = event.seq
             data = event.data
             if event.kind == "phase_started":
                 console.print(f"[bold]── {data['phase']} ──[/bold]")
@@ -205,11 +204,19 @@ def _progress(run: Run) -> Iterator[None]:
                 console.print(f"   ! {data['text']}", style="yellow", markup=False)
             elif event.kind in ("rollback_requested", "step_blocked", "gate_timed_out"):
                 console.print(f"   ! {event.kind}: {data}", style="red", markup=False)
+            seen = event.seq
 
     def follow() -> None:
-        told_at = 0.0
+        told_at, silent = 0.0, False
         while not stop.wait(0.5):
-            tell()
+            try:
+                tell()
+            except RunbookError as error:  # a ledger that is away, and said once: the work itself says what to do
+                if not silent:
+                    console.print(f"   ! {error.message}", style="yellow", markup=False)
+                silent = True
+            else:
+                silent = False
             if time.monotonic() - told_at >= _PROGRESS_EVERY_S and (lines := progress.now(run.scratch)):
                 told_at = time.monotonic()
                 for line in lines:
@@ -222,7 +229,7 @@ def _progress(run: Run) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        with contextlib.suppress(OSError):  # a terminal that is gone
+        with contextlib.suppress(OSError, RunbookError):  # a terminal, or a ledger, that is gone
             tell()
 
 
@@ -285,11 +292,18 @@ def stack_up(json: Json = False) -> None:
 
 @stack_app.command("down")
 def stack_down(json: Json = False) -> None:
-    """Abort live rehearsal runs and stop every process of the stack."""
+    """Abort live rehearsal runs on which nobody else is at work, and stop every process of the stack."""
+    from runbook_lib import lease
+
     for ledger, _ in _ledgers():
         for state in ledger.runs("rehearsal"):
-            if not state.ended:
+            if state.ended:
+                continue
+            try:
+                lease.refuse_held(state)
                 _abort_run(ledger, state.run_id, "the rehearsal stack was taken down")
+            except PausedError as error:  # a ledger may be a team's, and the run a colleague's, on a twin elsewhere
+                _say(f"run {state.run_id} is left: {error}")
     _stack("down")
     if json:
         _print_json({"up": False})
@@ -514,15 +528,19 @@ def _ledgers() -> Iterator[tuple[Ledger, Params | None]]:
 
 
 def _abort_run(ledger: Ledger, run_id: str, reason: str) -> None:
-    """End a run without looking at its targets; a run whose folder is gone is only closed in the ledger."""
-    from runbook_lib import executor, wiring
+    """End a run without looking at its targets; a run whose folder is gone is only closed in the ledger.
+
+    Raises:
+        PausedError: somebody else is at work on it.
+    """
+    from runbook_lib import executor, lease, wiring
 
     try:
         executor.end(wiring.attach(run_id), "aborted", reason=reason)
     except RunbookError as error:
         _say(f"run {run_id} could not be sealed: {error}")
         if not ledger.state(run_id).ended:
-            ledger.append(run_id, "run_ended", {"state": "aborted", "reason": reason})
+            ledger.append(run_id, "run_ended", {"state": "aborted", "reason": reason}, guard=lease.refuse_held)
 
 
 @app.command()

@@ -49,7 +49,7 @@ def held(run: Run) -> Iterator[None]:
     if run.ledger.epoch is not None:
         yield
         return
-    run.ledger.take_lease(run.run_id, processes.me(), guard=_refuse_held)
+    run.ledger.take_lease(run.run_id, processes.me(), guard=refuse_held)
     try:
         yield
     finally:
@@ -68,7 +68,12 @@ def _refuse_released(state: RunState) -> None:
         raise _EndedError
 
 
-def _refuse_held(state: RunState) -> None:
+def refuse_held(state: RunState) -> None:
+    """See that no other process has a run's lease.
+
+    Raises:
+        PausedError: one has, or may have where nobody can look from here, or a takeover has not ended.
+    """
     holder = state.executor
     if state.taking_over:
         raise PausedError(
@@ -104,7 +109,7 @@ def take_over(run: Run, *, reason: str) -> list[str]:
 
     def needed(state: RunState) -> None:
         try:
-            _refuse_held(state)
+            refuse_held(state)
         except PausedError:
             return
         if any(_out_of_reach(state, s.intent) for s in state.steps.values() if s.status is Status.RUNNING):

@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import nbformat
 import papermill
 import pytest
 
-from runbook_lib import live_chart, progress
+from runbook_lib import cli, live_chart, progress
 from runbook_lib.errors import StepFailedError
 from runbook_lib.model import Recovery, StepResult
 from runbook_lib.notebook_html import notebook_html
 from runbook_lib.run import Run
 from runbook_lib.step import step
 from runbook_lib.watch_config import WatchConfig
+from tests.ledgers import LedgerServer
 from tests.project import ROOT, wait_until
 
 
@@ -320,3 +321,43 @@ _ = verify.watch_telemetry.action(wiring.attach({run.run_id!r}))
     assert len(alts) == 3
     assert all(re.search(r": (green|red|inconclusive)\.", alt) for alt in alts), alts
     assert "not judged yet" not in page
+
+
+@pytest.fixture
+def server(ledger_server: LedgerServer) -> Iterator[LedgerServer]:
+    """A ledger's server that a test may stop."""
+    yield ledger_server
+    if ledger_server.process.poll() is not None:
+        ledger_server.restart()
+
+
+def test_a_ledger_that_is_away_for_a_while_does_not_end_what_the_terminal_shows(
+    open_run: Callable[..., Run], server: LedgerServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, shown = open_run(ledger=server.new_ledger()), ""
+
+    def seen(words: str) -> bool:
+        nonlocal shown
+        shown += capfd.readouterr().err
+        return words in shown
+
+    with cli._progress(run):
+        server.stop()
+        wait_until(lambda: seen("cannot be used"), "the outage on the terminal", 20)
+        server.restart()
+        run.ledger.append(run.run_id, "note", {"text": "it is back"})
+
+        wait_until(lambda: seen("it is back"), "the note on the terminal", 20)
+
+    assert "Traceback" not in shown
+    assert shown.count("cannot be used") == 1
+
+
+def test_an_interrupt_is_not_replaced_by_what_a_ledger_says_at_the_end(
+    open_run: Callable[..., Run], server: LedgerServer
+) -> None:
+    run = open_run(ledger=server.new_ledger())
+
+    with pytest.raises(KeyboardInterrupt), cli._progress(run):
+        server.stop()
+        raise KeyboardInterrupt

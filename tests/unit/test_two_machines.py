@@ -5,6 +5,7 @@ And what a lost machine had, another one goes on with.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from runbook_lib import archive, decisions, executor, fence, gate, lease, testimony, wiring
+from runbook_lib import archive, cli, decisions, executor, fence, gate, lease, testimony, wiring
 from runbook_lib.adapters import processes
 from runbook_lib.errors import PausedError, UsageError, VerificationError
 from runbook_lib.fsck import examine
+from runbook_lib.ledger import Ledger
 from runbook_lib.model import Status
 from runbook_lib.phases import review, verify
 from runbook_lib.run import Run
@@ -189,3 +191,34 @@ def test_nobody_takes_over_an_ended_run_that_nobody_holds(run: Run) -> None:
 
     with pytest.raises(UsageError, match=f"nobody is at work on run {run.run_id}"):
         lease.take_over(run, reason="bored")
+
+
+def test_stack_down_leaves_a_rehearsal_on_which_somebody_else_is_at_work(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ledger may be a team's, and each of its people has a twin of their own."""
+    ledger = Ledger(run.ledger.url)
+    holders = {
+        "nobody": None,
+        "gone": {**processes.me(), "start": 1},
+        "myself": processes.me(),
+        "alive": processes.of(os.getppid()),
+        "elsewhere": {**processes.me(), "host": "elsewhere"},
+    }
+    for name, holder in holders.items():
+        ledger.append(name, "run_opened", {"environment": "rehearsal", "opened_by": "lea"}, environment="rehearsal")
+        if holder is not None:
+            Ledger(ledger.url).take_lease(name, holder)
+
+    cli.stack_down()
+
+    assert {name: ledger.state(name).ended for name in holders} == {
+        "nobody": "aborted",
+        "gone": "aborted",
+        "myself": "aborted",
+        "alive": "",
+        "elsewhere": "",
+    }
+    said = [line for line in capsys.readouterr().err.splitlines() if "is left" in line]
+    assert [line.partition(": ")[0] for line in said] == ["run elsewhere is left", "run alive is left"]
+    assert not run.state.ended  # of another environment
