@@ -274,6 +274,20 @@ def test_a_takeover_that_cannot_reach_a_target_leaves_the_run_shut(
         assert run.state.epoch == run.ledger.epoch
 
 
+def test_an_empty_host_at_the_address_of_one_that_is_lost_for_good_lets_a_takeover_end(locked: Run) -> None:
+    home = Path(locked.services.hosts["app-02"].home)
+    with stalled(locked, "prepare.confirm_candidate", "git"):
+        home.rename(home.with_name("away"))
+        home.mkdir()
+        try:
+            assert "host app-02" in lease.take_over(locked, reason="app-02 is lost too")
+        finally:
+            shutil.rmtree(home)
+            home.with_name("away").rename(home)
+    with lease.held(locked):
+        assert locked.state.epoch == locked.ledger.epoch
+
+
 def test_a_process_on_this_machine_is_ended_by_a_takeover(locked: Run) -> None:
     with stalled(locked, "prepare.confirm_candidate", "git", host=socket.gethostname()) as old:
         with pytest.raises(PausedError, match=f"is being taken on by process {old.pid}"), lease.held(locked):

@@ -352,6 +352,23 @@ _EVENTS = (
         (f"{_T_LEDGER}writers_at_once_lose_nothing_and_keep_the_chain[postgresql]",),
     ),
     Guard(
+        "a ledger that lost what this machine has seen takes no more events",
+        _LEDGER,
+        "                seen.refuse_lost(known, events)\n            if not",
+        "                pass\n            if not",
+        (f"{_T_LEDGER}a_ledger_that_lost_what_this_machine_has_seen_takes_no_more_events[sqlite]",),
+    ),
+    Guard(
+        "a takeover of a run that does not hold its environment touches none of its targets",
+        _LEASE,
+        "fence.raise_everywhere(run) if run.state.locked else []",
+        "fence.raise_everywhere(run)",
+        (
+            "tests/unit/test_two_machines.py::"
+            "test_taking_over_a_run_that_does_not_hold_its_environment_touches_none_of_its_targets",
+        ),
+    ),
+    Guard(
         "what a later version wrote is refused",
         _LEDGER,
         "if number != _FORMAT:",
