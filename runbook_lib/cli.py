@@ -820,8 +820,10 @@ def fsck(run_id: Annotated[str, typer.Argument(metavar="[RUN]")] = "", json: Jso
             remembered = partial(seen.refuse_lost, seen.newest()) if seen else None
             try:
                 events = ledger.unchecked(name)
-            except (VerificationError, UsageError) as error:  # also when a later version wrote it
-                found.append(Finding(name, "every event can be read", ok=False, why=error.message))
+            except (VerificationError, UsageError) as error:
+                # What a later version wrote is looked at by that one: its words say so.
+                why = str(error) if isinstance(error, UsageError) else error.message
+                found.append(Finding(name, "every event can be read", ok=False, why=why))
                 continue
             found += examine(events, *_folder_to_examine(params, events), remembered=remembered)
             with contextlib.suppress(VerificationError):  # found already

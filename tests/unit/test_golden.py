@@ -56,11 +56,15 @@ def test_a_later_versions_ledger_is_refused_in_one_sentence(earlier: Project) ->
         database.execute("DROP TRIGGER events_no_update")
         database.execute("UPDATE events SET data = ? WHERE seq = 1", (json.dumps({**opened.data, "format": 2}),))
 
-    for words in (("list",), ("status", run_id), ("resume", run_id), ("fsck",), ("review", run_id)):
+    for words in (("list",), ("status", run_id), ("resume", run_id), ("review", run_id)):
         done = earlier.runbook(*words)
         assert done.returncode == 2, (words, done.stdout, done.stderr)
         assert done.stderr.count("\n") == 1, done.stderr
         assert f"run {run_id} is written in format 2, this version reads format 1" in done.stderr
+    done = earlier.runbook("fsck")  # which goes on to look at the others
+    said = "is written in format 2, this version reads format 1. Next: use the version of runbook that wrote it"
+    assert (done.returncode, done.stderr) == (4, "")
+    assert f"✖ {run_id} every event can be read: run {run_id} {said}\n" in done.stdout
 
 
 def test_a_later_versions_record_is_refused_in_one_sentence(earlier: Project) -> None:
@@ -122,4 +126,6 @@ def test_a_file_that_is_no_ledger_is_said_in_one_sentence(earlier: Project, dama
         assert (done.returncode, done.stderr.count("\n")) == (75, 1), done.stderr
         assert "file is not a database" in done.stderr
     else:
-        assert done.returncode == 0  # SQLite's empty database: a ledger without runs
+        # SQLite's empty database is a ledger without runs, and a run's folder is here.
+        assert (done.returncode, done.stdout.count("✖")) == (4, 1)
+        assert "a ledger knows the run of each folder" in done.stdout
