@@ -6,6 +6,7 @@ event that names the list. What comes back is what the ledger names, byte for by
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import threading
@@ -174,12 +175,14 @@ def _at_work(events: Sequence[Event], folder: Path) -> bool:
 
 
 def _listing(store: ObjectStore, run_id: str, listed: str, scratch: Path) -> Mapping[str, str]:
-    # Not the file that `push` makes its list in: another process of this machine may be just about to store that one.
-    file = scratch / "mirror-listed.json"
-    content = file.read_bytes() if file.is_file() else b""
-    if sha256(content) != listed:
-        content = _get(store, run_id, listed, scratch)
-        write_atomically(file, content)
+    # What this machine put last is in the first one, which only `push` writes: its process may be just about to store it.
+    for name in ("mirror-list.json", "mirror-listed.json"):
+        with contextlib.suppress(FileNotFoundError):
+            content = (scratch / name).read_bytes()
+            if sha256(content) == listed:
+                return dict(json.loads(content)["files"])
+    content = _get(store, run_id, listed, scratch)
+    write_atomically(scratch / "mirror-listed.json", content)
     return dict(json.loads(content)["files"])
 
 

@@ -14,7 +14,7 @@ from runbook_lib import executor, mirror
 from runbook_lib.adapters import processes
 from runbook_lib.adapters.objects import S3Store
 from runbook_lib.canonical import canonical_json, sha256
-from runbook_lib.errors import PausedError, VerificationError
+from runbook_lib.errors import PausedError, StepFailedError, VerificationError
 from runbook_lib.model import Artifact, Event, StepResult
 from runbook_lib.phases import prepare
 from runbook_lib.ports import Stored
@@ -242,6 +242,16 @@ def test_a_look_from_beside_does_not_change_the_list_that_is_being_put(
     events = run.ledger.events(run.run_id)
     mirror.fetch(run.services.store, events, run.folder, run.scratch / "another")
     assert [event.kind for event in events].count(mirror.EVENT) == 2
+
+
+def test_the_machine_that_put_a_folder_needs_no_store_to_go_on(shared: OpenRun, tmp_path: Path) -> None:
+    run = shared()
+    mirror.push(run)
+    nowhere = S3Store("bucket", "", endpoint="http://127.0.0.1:9")
+
+    mirror.fetch(nowhere, run.ledger.events(run.run_id), run.folder, run.scratch)
+    with pytest.raises(StepFailedError):
+        mirror.fetch(nowhere, run.ledger.events(run.run_id), tmp_path / "other", tmp_path / "scratch")
 
 
 def test_nothing_goes_forward_on_a_file_that_is_nowhere(shared: OpenRun) -> None:
