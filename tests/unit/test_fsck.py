@@ -146,6 +146,11 @@ def added(*new: Told) -> Callable[[list[Told]], list[Told]]:
         pytest.param(replaced(4, intent("prepare.freeze", 3)), ORDER, id="an attempt was left out"),
         pytest.param(replaced(5, outcome("prepare.freeze", 1)), ORDER, id="the end of another attempt"),
         pytest.param(
+            replaced(7, outcome("backup.dump", status="failed"), outcome("backup.dump")),
+            ORDER,
+            id="a failed attempt that turned green",
+        ),
+        pytest.param(
             added(("step_reset", {"step": "x.y", "attempt": 1, "why": "", "epoch": 4})), ORDER, id="a reset of nothing"
         ),
         pytest.param(added(outcome("backup.dump", epoch=4)), ONCE, id="green twice"),
@@ -251,6 +256,15 @@ def test_a_statement_that_the_ledger_carries_need_not_be_here_yet(folder: Path) 
     assert broken(chained(told), folder) == set()
 
     (folder / "resolve.json").write_text("changed")
+    assert broken(chained(told), folder) == {ARTIFACTS}
+
+
+def test_a_statement_that_is_gone_from_a_sealed_record_is_named(folder: Path) -> None:
+    kind, data = settled(outcome("begin.fence", epoch=4))
+    told = replaced(14, (kind, {**data, "statement_json": "{}", "signature": "signed"}))(sound_story())
+    (folder / "resolve.json").unlink()
+    (folder / "statement.json.sig").write_text("sealed")
+
     assert broken(chained(told), folder) == {ARTIFACTS}
 
 

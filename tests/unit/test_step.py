@@ -199,6 +199,18 @@ def test_a_secret_in_an_error_does_not_come_into_the_ledger(run: Run) -> None:
     assert "hunter2" not in str(run.ledger.events(run.run_id))
 
 
+def test_a_secret_in_a_probes_error_does_not_come_into_the_ledger(run_with_database: Run) -> None:
+    run = run_with_database
+    run.secrets.remember("hunter2-secret")
+    fails = Seen(OSError("login with hunter2-secret failed"))
+    begun(run, gone())
+
+    with pytest.raises(StepInDoubtError, match=r"login with \[redacted\] failed"):
+        fails.made(run)
+
+    assert "hunter2" not in str(run.ledger.events(run.run_id))
+
+
 # --- in doubt ----------------------------------------------------------------------------------------------------
 
 
@@ -361,12 +373,17 @@ def test_a_command_that_outlived_its_executor_has_ended_before_the_probe_looks(r
     assert (seen, acts.times) == ([True], 0)
 
 
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "failed"])
 def test_a_session_that_outlived_its_executor_has_ended_before_the_probe_looks(
-    run_with_database: Run, ledger_server: LedgerServer, monkeypatch: pytest.MonkeyPatch
+    run_with_database: Run, ledger_server: LedgerServer, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
     monkeypatch.setattr(fence, "_GRACE_S", 0.1)
     run, acts = run_with_database, Acts()
     begun(run, gone())
+    if not killed:
+        red = StepResult(verdict="red", status="failed").as_json()
+        ended = {"step": KEY, "attempt": 1, "status": "failed", "result": red, "error": "ended after 1 s"}
+        another(run).append(run.run_id, "step_outcome", ended)
     made = acts.step(recovery=Recovery.PROBE)
     with ledger_server.session() as session, ThreadPoolExecutor(1) as pool:
         session.execute("SELECT set_config('application_name', %s, false)", (f"{run.session_name}: left",))

@@ -79,6 +79,23 @@ def test_nobody_settles_a_step_in_anothers_name(
     assert not (blocked.folder / "decisions").exists()
 
 
+def test_of_two_who_settle_a_step_at_once_the_first_one_counts(
+    blocked: Run, people: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sign = decisions.signed
+
+    def first_bea(data: bytes, *, key: Path, ask: bool = True) -> bytes:
+        monkeypatch.setattr(decisions, "signed", sign)
+        testimony.resolve(blocked, KEY, done=False, comment="not there", person="bea", key=people["bea"])
+        return sign(data, key=key, ask=ask)
+
+    monkeypatch.setattr(decisions, "signed", first_bea)
+    with pytest.raises(UsageError, match="was settled by somebody else"):
+        testimony.resolve(blocked, KEY, done=True, comment="looked", person="ada", key=people["ada"])
+
+    assert blocked.state.step(KEY).status is Status.PENDING
+
+
 @pytest.mark.parametrize(
     ("key", "person"),
     [
