@@ -14,9 +14,11 @@ it is green.
 from __future__ import annotations
 
 import contextlib
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
@@ -64,6 +66,8 @@ class Attempt:
 # A card shows so much of its commands' logs; the whole ones are in the record.
 _LOGS, _TAIL_BYTES, _TAIL_LINES = 8, 4096, 12
 _attempt: ContextVar[Attempt | None] = ContextVar("attempt", default=None)
+# What threads of this process are at: of a process that is this one, its being there says nothing.
+_here: set[tuple[str, str]] = set()
 
 
 def current_attempt() -> Attempt | None:
@@ -237,10 +241,10 @@ class Step:
                     results[item] = found
             rest = [item for item in items if item not in results]
             with ThreadPoolExecutor(self.limit(run), thread_name_prefix=self.name) as pool:
-                begun = {
-                    item: pool.submit(copy_context().run, doing, item, self._one, run, item, True) for item in rest
-                }
-            results.update({item: future.result() for item, future in begun.items()})
+                begun = _ended(
+                    pool.submit(copy_context().run, doing, item, self._one, run, item, True) for item in rest
+                )
+            results.update({item: future.result() for item, future in zip(rest, begun, strict=True)})
         return {item: results[item] for item in items}
 
     def _one(self, run: Run, item: str | None, looked: bool = False) -> StepResult:  # noqa: FBT001, FBT002
@@ -302,7 +306,7 @@ class Step:
 
         started = time.monotonic()
         self._begin(run, key, intent)
-        with _attempting(Attempt(key, number, folder)):
+        with _attempting(Attempt(key, number, folder)), _at_work_here(run, key):
             try:
                 result = self.action(*arguments)
             except (FencedError, LedgerUnavailableError):
@@ -334,6 +338,7 @@ class Step:
             if self.guard is not None:
                 intent["gates"] = dict(self.guard(run, state, self))
 
+        fence.epoch(run)
         run.ledger.append(run.run_id, "step_intent", intent, guard=verified)
 
     def _green(
@@ -377,10 +382,13 @@ class Step:
                     remedy=f"runbook status {run.run_id}",
                 )
 
+        fence.epoch(run)
         run.ledger.append(run.run_id, kind, data, guard=still_running)
 
     def _recover(self, run: Run, item: str | None, key: str, known: StepState) -> StepResult | None:
         """Settle an intent without outcome: nothing old may still run, then the probe says."""
+        if (run.run_id, key) in _here:
+            raise PausedError(f"{key} is being run by this very process", remedy="wait for it")
         lease.refuse_at_work(run, key, known.intent, known.intent_time)
         self._let_left_over_end(run, key, known)
         if self.recovery is Recovery.REPEAT:
@@ -488,6 +496,41 @@ def _logs(run: Run, state: StepState) -> tuple[Log, ...]:
             code = int(ended.read_text()) if ended.exists() else None
             found.append(Log(log.stem, code, run.secrets.redacted("\n".join(tail))))
     return tuple(found)
+
+
+def _ended(submitted: Iterator[Future[Any]]) -> list[Future[Any]]:
+    """Begin all of it and wait until none is at work, however often that is interrupted: what has not begun need not.
+
+    The lease is given back then, and what still works would work without one.
+    """
+    begun: list[Future[Any]] = []
+    try:
+        begun.extend(submitted)
+        wait(begun)
+    except KeyboardInterrupt:
+        before = signal.signal(signal.SIGINT, _say_waiting)
+        try:
+            _say_waiting()
+            for future in begun:
+                future.cancel()
+            wait(begun)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        raise
+    return begun
+
+
+def _say_waiting(*_: object) -> None:
+    print("Interrupted: what was begun is waited for. Restart the kernel to leave it alone.", file=sys.stderr)
+
+
+@contextmanager
+def _at_work_here(run: Run, key: str) -> Iterator[None]:
+    _here.add((run.run_id, key))
+    try:
+        yield
+    finally:
+        _here.discard((run.run_id, key))
 
 
 @contextmanager

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 from functools import partial
 
+import psycopg
+
 from runbook_lib import fence, lease, maintenance, migration, outward
 from runbook_lib.adapters import catalogue, http, processes
-from runbook_lib.errors import StepFailedError
+from runbook_lib.errors import DeniedError, PausedError, StepFailedError, UnavailableError
 from runbook_lib.model import Recovery, Status, StepResult
 from runbook_lib.phases import deploy, migrate
 from runbook_lib.run import Run
@@ -65,6 +67,44 @@ def let_interrupted_end(run: Run) -> None:
         processes.wait_for_children(run.folder / now.intent["children"], timeout_s=_LEFT_OVER_S)
     if touched(run, "migrate.migrate_production"):
         migration.refuse_while_migrating(run, run.params.database.production)
+
+
+def refuse_at_work(run: Run) -> None:
+    """See that nothing of the run goes on, before its environment is free for another one.
+
+    Its sessions in the database that are still at work are ended: their processes are gone.
+
+    Raises:
+        PausedError: a command of it goes on and is named, or nobody can tell.
+        StepInDoubtError: a session in the database does not end.
+    """
+    for key, now in run.state.steps.items():
+        if now.status not in (Status.RUNNING, Status.BLOCKED):
+            continue
+        lease.refuse_at_work(run, key, now.intent, now.intent_time)
+        for name, group in processes.children(run.folder / now.intent["children"]):
+            raise PausedError(
+                f"{key}: {name} is still at work here (process group {group})",
+                remedy=f"wait for it, or end it with kill -- -{group}; then the same again",
+            )
+    if run.state.locked:  # before that nothing of a run is in the database
+        try:
+            fence.end_left_over(run)
+        except (UnavailableError, DeniedError, psycopg.OperationalError) as error:
+            raise PausedError(
+                f"whether anything of run {run.run_id} is at work in the database cannot be seen: {error}"[:800],
+                remedy="mend that, then the same again",
+            ) from error
+
+
+def in_doubt(run: Run) -> list[str]:
+    """Steps that were begun and are not known to have ended well: what they left was not looked at."""
+    unsettled = (Status.RUNNING, Status.BLOCKED, Status.FAILED)
+    return [
+        f"in doubt: {key} is {now.status.value}: what it left was not looked at"
+        for key, now in run.state.steps.items()
+        if now.status in unsettled
+    ]
 
 
 def schema_difference(run: Run) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,6 +191,21 @@ def test_a_store_that_lets_nobody_in_stops_no_release(shared: OpenRun, tmp_path:
 
     said = [e.data["text"] for e in run.ledger.events(run.run_id) if e.kind == "note"]
     assert ["the folder was not mirrored" in said[0], "params.json was not mirrored" in said[1]] == [True, True]
+
+
+def test_a_full_disk_here_stops_no_release(shared: OpenRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the step did is done: its outcome is written, and the next push makes up for it."""
+    run = shared()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(mirror, "write_atomically", full)
+
+    mirror.push(run)
+
+    said = [e.data["text"] for e in run.ledger.events(run.run_id) if e.kind == "note"]
+    assert said == ["the folder was not mirrored: [Errno 28] No space left on device"]
 
 
 def test_what_a_step_leaves_is_in_the_store_before_the_ledger_names_it(

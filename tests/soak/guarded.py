@@ -60,16 +60,58 @@ _T_BACKUP, _T_FENCE, _T_OPENING, _T_HALF_DONE, _T_MIGRATE = (
 
 _STEPS = (
     Guard(
+        "an interrupt leaves nothing at work without a lease",
+        _STEP,
+        "            for future in begun:\n                future.cancel()\n            wait(begun)\n",
+        "            pass\n",
+        tuple(f"{_T_STEP}an_interrupt_leaves_nothing_at_work_without_a_lease[{times}]" for times in (1, 3)),
+    ),
+    Guard(
+        "what this very process is at is not left over",
+        _STEP,
+        "if (run.run_id, key) in _here:",
+        "if False:",
+        (f"{_T_STEP}what_another_thread_of_this_process_does_is_not_taken_for_left_over",),
+    ),
+    Guard(
+        "an outcome is an executor's",
+        _STEP,
+        "        fence.epoch(run)\n        run.ledger.append(run.run_id, kind, data, guard=still_running)",
+        "        run.ledger.append(run.run_id, kind, data, guard=still_running)",
+        (f"{_T_STEP}an_outcome_is_not_written_by_who_has_no_lease",),
+    ),
+    Guard(
+        "a run is not ended over a command that goes on",
+        "runbook_lib/phases/rollback.py",
+        'for name, group in processes.children(run.folder / now.intent["children"]):',
+        "for name, group in ():",
+        ("tests/unit/test_abort.py::test_a_command_that_goes_on_is_named_and_the_environment_is_not_free",),
+    ),
+    Guard(
+        "a run is not ended over what another machine may still do",
+        "runbook_lib/phases/rollback.py",
+        "        lease.refuse_at_work(run, key, now.intent, now.intent_time)\n        for name, group",
+        "        for name, group",
+        ("tests/unit/test_abort.py::test_what_another_machine_may_still_do_is_not_ended_from_here",),
+    ),
+    Guard(
+        "a signature without its statement does not spoil the record",
+        _SEAL,
+        "if path.is_file() and (alone or _LEFT_OVER.fullmatch(path.name)):",
+        "if path.is_file() and _LEFT_OVER.fullmatch(path.name):",
+        ("tests/unit/test_abort.py::test_a_signature_whose_statement_was_never_written_does_not_spoil_the_record",),
+    ),
+    Guard(
         "the intent is committed before the effect",
         _STEP,
         """\
         self._begin(run, key, intent)
-        with _attempting(Attempt(key, number, folder)):
+        with _attempting(Attempt(key, number, folder)), _at_work_here(run, key):
             try:
                 result = self.action(*arguments)
 """,
         """\
-        with _attempting(Attempt(key, number, folder)):
+        with _attempting(Attempt(key, number, folder)), _at_work_here(run, key):
             try:
                 result = self.action(*arguments)
                 self._begin(run, key, intent)
@@ -309,9 +351,16 @@ _IN_DOUBT = (
     Guard(
         "a settlement is signed by its person",
         _TESTIMONY,
-        "    decisions.check_signature(run, data, signature, person=person)\n    kept =",
-        "    kept =",
+        "    decisions.check_signature(run, data, signature, person=person)\n    name =",
+        "    name =",
         (f"{_SETTLES}[ada-bea-the signature is not ada's]",),
+    ),
+    Guard(
+        "nothing is settled after the end",
+        _TESTIMONY,
+        "        _refuse_ended(state)\n",
+        "",
+        (f"{_T_TESTIMONY}a_run_that_ends_while_somebody_signs_takes_no_settlement",),
     ),
     Guard(
         "nobody signs for what later steps read",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +17,7 @@ from runbook_lib import fence, fsck, lease
 from runbook_lib.adapters import processes
 from runbook_lib.errors import (
     DeniedError,
+    FencedError,
     LedgerUnavailableError,
     PausedError,
     StepFailedError,
@@ -411,3 +415,83 @@ def test_a_session_that_outlived_its_executor_has_ended_before_the_probe_looks(
         assert isinstance(left.exception(), psycopg.Error)
 
     assert (at_work, acts.times) == ([0], 0)
+
+
+# --- several at once ---------------------------------------------------------------------------------------------
+
+
+class Crowd:
+    """A step for four items, two at a time, whose action goes on until it is told to end."""
+
+    def __init__(self) -> None:
+        self.began, self.ended, self.go = [], [], threading.Event()  # type: ignore[var-annotated]
+        self.two = threading.Barrier(3)
+        self.made = step("Act", recovery=Recovery.PROBE, each=lambda run: "abcd", limit=lambda run: 2)(self.act)
+        self.made.phase = "prepare"
+        self.made.probe(lambda run, item, intent: None)
+
+    def act(self, run: Run, item: str) -> StepResult:
+        self.began.append(item)
+        if not self.go.is_set():
+            self.two.wait(30)
+        self.go.wait(30)
+        self.ended.append(item)
+        return StepResult()
+
+    def interrupt(self, times: int) -> None:
+        """As a kernel is interrupted, once two items are at work."""
+        self.two.wait(30)
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_until(lambda: signal.getsignal(signal.SIGINT) is not signal.default_int_handler, "the interrupt", 30)
+        for _ in range(times - 1):
+            os.kill(os.getpid(), signal.SIGINT)
+        self.go.set()
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_interrupt_leaves_nothing_at_work_without_a_lease(run_with_database: Run, times: int) -> None:
+    run, crowd = run_with_database, Crowd()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        other = threading.Thread(target=crowd.interrupt, args=(times,))
+        other.start()
+        with pytest.raises(KeyboardInterrupt):
+            crowd.made(run)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        crowd.go.set()
+        other.join()
+
+    assert sorted(crowd.began) == sorted(crowd.ended) == ["a", "b"]
+    assert run.ledger.epoch is None
+    assert [run.state.green(f"prepare.act@{item}") for item in "abcd"] == [True, True, False, False]
+    crowd.made(run)
+    assert sorted(crowd.began) == ["a", "b", "c", "d"]
+
+
+def test_what_another_thread_of_this_process_does_is_not_taken_for_left_over(run_with_database: Run) -> None:
+    run, crowd = run_with_database, Crowd()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(crowd.made, run)
+        crowd.two.wait(30)
+        try:
+            with pytest.raises(PausedError, match="is being run by this very process"):
+                crowd.made(run)
+        finally:
+            crowd.go.set()
+        first.result()
+
+    assert sorted(crowd.began) == ["a", "b", "c", "d"]
+
+
+def test_an_outcome_is_not_written_by_who_has_no_lease(run: Run) -> None:
+    run.ledger.take_lease(run.run_id, processes.me())
+
+    def act(run: Run) -> None:
+        run.ledger.epoch = None
+
+    with pytest.raises(FencedError, match="is not the executor"):
+        Acts(act).step()(run)
+
+    assert run.state.step(KEY).status is Status.RUNNING
