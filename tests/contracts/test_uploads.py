@@ -10,6 +10,7 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +66,7 @@ def note(tmp_path: Path) -> Path:
 
 def _grow(path: Path, size: int) -> None:
     with path.open("ab") as file:
-        file.write(random.Random(path.stat().st_size).randbytes(size))
+        file.write(random.Random(file.tell()).randbytes(size))
 
 
 def _digest(path: Path) -> str:
@@ -170,15 +171,24 @@ def test_a_file_that_changed_after_its_proof_is_refused(store: S3Store, path: Pa
     assert store.find(_KEY) is None
 
 
-def test_a_small_file_is_put_as_ever(store: S3Store, path: Path, note: Path) -> None:
+def test_a_small_file_is_put_as_ever(
+    store: S3Store, tmp_path: Path, path: Path, note: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "_ONE_REQUEST_BYTES", 8 * _MIB)
+    other = tmp_path / "other"
     with store.ahead(path, _KEY, note=note) as ahead:
-        _grow(path, _MIB)
-    assert (ahead.sent_bytes, ahead.gave_up, _half(store)) == (0, "", [])
+        _grow(path, 6 * _MIB)
+        with store.ahead(other, "other", note=tmp_path / "other.note") as clock:
+            _grow(other, 9 * _MIB)
+            _until(lambda: clock.sent_bytes > 0)
+    assert (ahead.sent_bytes, ahead.gave_up) == (0, "")
+    store.put(other, "other", sha256=_digest(other), note=tmp_path / "other.note")
+    assert _half(store) == []
 
     stored = store.put(path, _KEY, sha256=_digest(path), note=note)
 
     assert stored.sha256 == _digest(path)
-    assert _is_stored(store, path, stored)
+    assert store.read_back(stored) == (_digest(path), 6 * _MIB)
 
 
 @pytest.mark.parametrize("lost", ["the note", "half of the note", "the upload", "nothing, it became small"])
@@ -321,6 +331,25 @@ def test_a_store_that_never_answers_is_not_waited_for_and_its_upload_is_left_to_
     assert took_s < 10
     assert sorted(sent) == [1, 2, 3, 4], "nothing of an upload that a thread may still write to counts"
     assert _is_stored(store, path, stored)
+
+
+def test_a_part_on_its_way_goes_no_further_when_the_step_is_over(store: S3Store, path: Path, note: Path) -> None:
+    on_its_way, over = threading.Event(), threading.Event()
+
+    def held(**_: Any) -> None:
+        on_its_way.set()
+        over.wait(60)
+
+    store._client.meta.events.register("before-send.s3.UploadPart", held)
+    with store.ahead(path, _KEY, note=note) as ahead:
+        _grow(path, 6 * _MIB)
+        assert on_its_way.wait(60)
+    over.set()
+    for thread in ahead._threads:
+        thread.join(60)
+
+    assert len(_half(store)) == 1
+    assert _parts_there(store) == 0
 
 
 def test_an_error_of_whoever_writes_the_file_is_passed_on(store: S3Store, path: Path, note: Path) -> None:
