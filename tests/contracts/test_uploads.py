@@ -176,6 +176,7 @@ def test_a_small_file_is_put_as_ever(
 ) -> None:
     monkeypatch.setattr(objects, "_ONE_REQUEST_BYTES", 8 * _MIB)
     other = tmp_path / "other"
+    other.touch()
     with store.ahead(path, _KEY, note=note) as ahead:
         _grow(path, 6 * _MIB)
         with store.ahead(other, "other", note=tmp_path / "other.note") as clock:
