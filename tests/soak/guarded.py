@@ -37,7 +37,9 @@ _SIGNATURES, _CANONICAL, _BACKUP = (
 )
 _CLOCK, _DUMPS, _OFF_SITE = (f"runbook_lib/{name}.py" for name in ("clock", "dumps", "off_site"))
 _RESTORE, _FILES, _MIRROR = "runbook_lib/restore.py", "runbook_lib/backup_files.py", "runbook_lib/mirror.py"
-_OBJECTS, _SHELL, _PROCESSES = (f"runbook_lib/adapters/{name}.py" for name in ("objects", "shell", "processes"))
+_OBJECTS, _UPLOADS, _SHELL, _PROCESSES = (
+    f"runbook_lib/adapters/{name}.py" for name in ("objects", "uploads", "shell", "processes")
+)
 _EXECUTOR, _FSCK, _TESTIMONY, _MIGRATION, _MIGRATE = (
     f"runbook_lib/{name}.py" for name in ("executor", "fsck", "testimony", "migration", "phases/migrate")
 )
@@ -53,7 +55,9 @@ _T_SIGNATURES, _T_HOST_FENCE = (f"tests/unit/test_{name}.py::test_" for name in 
 _T_FSCK, _T_TESTIMONY, _T_MACHINES = (
     f"tests/unit/test_{name}.py::test_" for name in ("fsck", "testimony", "two_machines")
 )
-_T_OBJECTS, _T_MIRROR = (f"tests/contracts/test_{name}.py::test_" for name in ("objects", "mirror"))
+_T_OBJECTS, _T_UPLOADS, _T_MIRROR = (
+    f"tests/contracts/test_{name}.py::test_" for name in ("objects", "uploads", "mirror")
+)
 _T_BACKUP, _T_FENCE, _T_OPENING, _T_HALF_DONE, _T_MIGRATE = (
     f"tests/phases/test_{name}.py::test_" for name in ("backup", "fence", "opening", "half_done", "migrate")
 )
@@ -434,8 +438,8 @@ _DURABLE = (
     Guard(
         "an archive of files is on disk before it gets its name",
         _BACKUP,
-        "        on_disk.sync(part)\n        sent =",
-        "        sent =",
+        "            on_disk.sync(part)\n            sent =",
+        "            sent =",
         (f"{_T_BACKUP}a_backup_is_on_disk_before_it_gets_its_name",),
     ),
     Guard(
@@ -1228,10 +1232,38 @@ _BACKUPS = (
     ),
     Guard(
         "the store itself refuses a key that is taken, for a copy in parts",
-        _OBJECTS,
-        'MultipartUpload={"Parts": parts}, IfNoneMatch="*"',
-        'MultipartUpload={"Parts": parts}',
+        _UPLOADS,
+        '            IfNoneMatch="*",\n',
+        "",
         (f"{_T_OBJECTS}of_two_that_put_at_once_the_store_takes_one[False]",),
+    ),
+    Guard(
+        "what was sent ahead counts while the file still holds just that",
+        _UPLOADS,
+        "known is not None and known.checksum == checksum",
+        "known is not None",
+        (f"{_T_UPLOADS}a_head_that_is_rewritten_after_it_was_sent_is_sent_again",),
+    ),
+    Guard(
+        "nobody completes an upload that another may still write to",
+        _UPLOADS,
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        (f"{_T_UPLOADS}a_store_that_never_answers_is_not_waited_for_and_its_upload_is_left_to_nobody",),
+    ),
+    Guard(
+        "a copy that does not say what it holds is read before it is taken for done",
+        _OBJECTS,
+        "(stored.sha256 or self.read_back(stored)[0]) == sha256",
+        "stored.sha256 in (None, sha256)",
+        (f"{_T_UPLOADS}other_content_of_the_same_size_is_not_taken_for_it",),
+    ),
+    Guard(
+        "what was sent ahead and is of no use is removed",
+        _OBJECTS,
+        '            self._forget_half_uploads(parts.name, but=begun.upload if begun is not None else "")\n',
+        "",
+        (f"{_T_UPLOADS}without_its_note_or_its_upload_the_whole_file_is_put[nothing, it became small]",),
     ),
     Guard(
         "an off-site copy is read back and compared",
