@@ -189,7 +189,8 @@ def _green_once(story: _Story, event: Event) -> None:
 
 
 def _gates_first(story: _Story, event: Event) -> None:
-    if event.kind != "step_intent":
+    # What only says what became of a failed attempt acts on nothing: it names the gates of that attempt, if any.
+    if event.kind != "step_intent" or "settles" in event.data:
         return
     phase = event.data["step"].partition(".")[0]
     for gate, phases in BEHIND.items():
