@@ -189,9 +189,10 @@ def _green_once(story: _Story, event: Event) -> None:
 
 
 def _gates_first(story: _Story, event: Event) -> None:
-    # What only says what became of a failed attempt acts on nothing: it names the gates of that attempt, if any.
-    if event.kind != "step_intent" or "settles" in event.data:
+    if event.kind != "step_intent":
         return
+    if "settles" in event.data and story.attempts.get(event.data["step"], _Attempt()).last == "failed":
+        return  # it says what became of that attempt and acts on nothing: the gates may have fallen since
     phase = event.data["step"].partition(".")[0]
     for gate, phases in BEHIND.items():
         if phase in phases and gate not in event.data.get("gates", {}):

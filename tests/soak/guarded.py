@@ -1099,7 +1099,7 @@ _MIGRATIONS = (
     Guard(
         "a migration outside a transaction is known by its file",
         "runbook_lib/commands/migrations.py",
-        r'return head is None or re.search(r"\btransaction:\s*false\b", head[1]) is None',
+        r'return len(ups) == 1 and re.search(r"\btransaction:\s*false\b", ups[0].partition("\n")[0]) is None',
         "return True",
         ("tests/unit/test_commands_migrations.py::test_a_migration_outside_a_transaction_is_known",),
     ),
