@@ -179,7 +179,7 @@ class Step:
 
         Raises:
             StepInDoubtError: nobody can tell but a person, who settles it.
-            PausedError: its target does not answer.
+            PausedError: its target does not answer, or something still runs there.
         """
         with lease.held(run):
             for item in [None] if self.each is None else self.each(run):
@@ -276,14 +276,17 @@ class Step:
         return self._attempt(run, item, key, known.attempt + 1)
 
     def _refuse_out_of_order(self, run: Run, state: RunState) -> None:
-        if state.ended and self.phase != "review":
-            raise PausedError(f"run {run.run_id} has ended: {state.ended}", remedy="runbook list")
+        self._refuse_ended(run, state)
         for earlier in self.before:
             if not earlier.is_green(run, state):
                 raise PausedError(
                     f"{self.key()} does not start: {earlier.key()} ({earlier.title}) is not green",
                     remedy=f"runbook resume {run.run_id}, or run that cell first",
                 )
+
+    def _refuse_ended(self, run: Run, state: RunState) -> None:
+        if state.ended and self.phase != "review":
+            raise PausedError(f"run {run.run_id} has ended: {state.ended}", remedy="runbook list")
 
     def _attempt(self, run: Run, item: str | None, key: str, number: int) -> StepResult:
         folder = run.writable / "logs" / key / str(number)
@@ -332,10 +335,14 @@ class Step:
             now = state.step(key)
             if now.status in (Status.GREEN, Status.RUNNING, Status.BLOCKED) or now.attempt + 1 != intent["attempt"]:
                 raise PausedError(f"{key} was just taken by another executor", remedy=f"runbook status {run.run_id}")
-            self._refuse_out_of_order(run, state)
+            settles = "settles" in intent  # it says what became of an attempt: nothing is done behind a gate for that
+            if settles:
+                self._refuse_ended(run, state)
+            else:
+                self._refuse_out_of_order(run, state)
             if self.phase not in ("prepare", "review") and not state.locked:
                 raise PausedError(f"run {run.run_id} does not hold {run.release.environment}", remedy="run phase 1")
-            if self.guard is not None:
+            if self.guard is not None and not settles:
                 intent["gates"] = dict(self.guard(run, state, self))
 
         fence.epoch(run)
@@ -411,7 +418,8 @@ class Step:
         """Ask the probe before a failed attempt is made again: what was ended by its time-out may be half done.
 
         What it says is an attempt of its own in the ledger, over what the failed one started: killed before it is
-        written, the next executor asks the probe about the same.
+        written, the next executor asks the probe about the same. It acts on nothing, so it needs neither its place
+        nor its gates: the way back must not stick behind one that does not stand any more.
         """
         if self.settle is None:
             return None
@@ -434,7 +442,7 @@ class Step:
         """What the probe says.
 
         Raises:
-            PausedError: its target does not answer; nothing is changed.
+            PausedError: its target does not answer, or something still runs there; nothing is changed.
             StepInDoubtError: it cannot tell, or it broke.
             StepFailedError: it could look, and what is there is not what it should be.
         """

@@ -163,8 +163,8 @@ _STEPS = (
     Guard(
         "what changed meanwhile is seen inside the transaction that writes the intent",
         _STEP,
-        "            self._refuse_out_of_order(run, state)\n            if self.phase",
-        "            if self.phase",
+        "                self._refuse_out_of_order(run, state)\n            if self.phase",
+        "                pass\n            if self.phase",
         (f"{_T_STEP}what_changed_while_a_step_got_ready_is_seen_before_its_intent",),
     ),
     Guard(
@@ -294,6 +294,33 @@ _STEPS = (
         "        migrate.migrate_production.settle_left_over(run)",
         "        pass",
         (f"{_T_HALF_DONE}the_way_back_does_not_pass_over_a_migration_that_may_be_half_done",),
+    ),
+    Guard(
+        "going back runs the playbook at every touched host, whatever its process serves",
+        "runbook_lib/phases/rollback.py",
+        "    for host in touched_hosts(run):\n        done[host]",
+        "    for host in touched_hosts(run):\n"
+        "        if deploy.serving(run, host) == run.release.previous_commit:\n"
+        "            done[host] = run.release.previous_commit\n"
+        "            continue\n"
+        "        done[host]",
+        (f"{_T_HALF_DONE}a_host_that_was_switched_and_not_restarted_is_switched_back",),
+    ),
+    Guard(
+        "a deployment is taken for done only when its playbook ended well",
+        "runbook_lib/phases/deploy.py",
+        'if not ended.is_file() or ended.read_text().strip() != "0":',
+        "if False:",
+        (f"{_T_HALF_DONE}a_deployment_whose_playbook_failed_behind_the_restart_is_done_to_its_end",),
+    ),
+    Guard(
+        "what still runs on a host is waited for, and no person says what became of it",
+        _FENCE,
+        'raise PausedError(f"{host}: {done.tail(1)}"',
+        'from runbook_lib.errors import StepInDoubtError; raise StepInDoubtError(f"{host}: {done.tail(1)}"',
+        (
+            "tests/unit/test_in_doubt.py::test_a_host_on_which_something_still_runs_is_asked_again_and_not_settled_by_a_person",
+        ),
     ),
     Guard(
         "a schema is called as before when its objects are",
@@ -1076,7 +1103,7 @@ _MIGRATIONS = (
     Guard(
         "a migration outside a transaction is known by its file",
         "runbook_lib/commands/migrations.py",
-        r'return head is None or re.search(r"\btransaction:\s*false\b", head[1]) is None',
+        r'return len(ups) == 1 and re.search(r"\btransaction:\s*false\b", ups[0].partition("\n")[0]) is None',
         "return True",
         ("tests/unit/test_commands_migrations.py::test_a_migration_outside_a_transaction_is_known",),
     ),

@@ -158,6 +158,9 @@ def added(*new: Told) -> Callable[[list[Told]], list[Told]]:
         pytest.param(dropped(8), GATES, id="a gate that was never asked"),
         pytest.param(replaced(12, intent("begin.fence", epoch=4)), GATES, id="a step without its gate"),
         pytest.param(
+            replaced(12, intent("begin.fence", epoch=4, settles=0)), GATES, id="a look at what was never attempted"
+        ),
+        pytest.param(
             replaced(9, ("gate_decision", {**APPROVED[1], "round": 2})), GATES, id="an approval of another round"
         ),
         pytest.param(replaced(9, ("gate_decision", {**APPROVED[1], "decision": "reject"})), GATES, id="a rejection"),
@@ -231,6 +234,19 @@ def test_a_run_that_went_back_may_leave_a_step_in_doubt(folder: Path) -> None:
     rolled_back: Told = ("run_ended", {"state": "rolled_back", "epoch": 4})
 
     assert broken(chained([*sound_story(), intent("deploy.x", epoch=4), rolled_back]), folder) == {GATES}
+
+
+def test_what_became_of_a_failed_attempt_is_said_though_its_gate_does_not_stand_any_more(folder: Path) -> None:
+    told = [
+        *sound_story(),
+        intent("begin.x", epoch=4, gates={"backup": ["d1"]}),
+        outcome("begin.x", epoch=4, status="failed"),
+        ("gate_opened", {**ASKED[1], "round": 2, "epoch": 4}),
+        intent("begin.x", 2, epoch=4, gates={"backup": ["d1"]}, settles=1),
+        ("step_blocked", {"step": "begin.x", "attempt": 2, "why": "half done", "epoch": 4}),
+    ]
+
+    assert broken(chained(told), folder) == set()
 
 
 def test_a_ledger_that_lost_what_was_sealed_is_named(folder: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from runbook_lib.adapters import processes
 from runbook_lib.adapters.secrets import Secrets
 from runbook_lib.adapters.shell import LocalShell
-from runbook_lib.errors import StepFailedError, StepInDoubtError
+from runbook_lib.errors import PausedError, StepFailedError
 from runbook_lib.model import Command
 from tests.project import wait_until
 
@@ -81,7 +81,7 @@ def test_a_child_whose_starter_was_killed_is_waited_for(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
     os.kill(starter.pid, signal.SIGKILL)
     starter.wait()
-    with pytest.raises(StepInDoubtError, match="still runs"):
+    with pytest.raises(PausedError, match="still runs"):
         processes.wait_for_children(tmp_path, timeout_s=0.2)
 
     (tmp_path / "go").touch()
@@ -96,7 +96,7 @@ def test_a_command_whose_starter_was_killed_before_it_wrote_its_pid_is_waited_fo
         fcntl.flock(lock, fcntl.LOCK_EX)
         child = subprocess.Popen(("sleep", "60"), stdin=lock)
     try:
-        with pytest.raises(StepInDoubtError, match=r"its command \(held\) still runs"):
+        with pytest.raises(PausedError, match=r"its command \(held\) still runs"):
             processes.wait_for_children(tmp_path, timeout_s=0.2)
     finally:
         child.kill()
@@ -111,7 +111,7 @@ def test_a_command_whose_wrapper_was_killed_alone_is_waited_for(tmp_path: Path) 
         wait_until(lambda: processes.children_of(wrapper.pid), "the command", 20)
         wrapper.kill()
     try:
-        with pytest.raises(StepInDoubtError, match=r"its command \(pids \[\d+\], held\) still runs"):
+        with pytest.raises(PausedError, match=r"its command \(pids \[\d+\], held\) still runs"):
             processes.wait_for_children(tmp_path, timeout_s=0.2)
     finally:
         os.killpg(wrapper.pid, signal.SIGKILL)

@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import psycopg
@@ -274,6 +275,44 @@ def test_a_failed_attempt_that_may_be_half_done_waits_for_a_person(run_with_data
     assert (fails.acts.times, run.state.step(KEY).status) == (1, Status.BLOCKED)
     assert run.state.step(KEY).intent["children"] == fails.asked[0]["children"] == f"logs/{KEY}/1"
     assert broken_rules(run) == []
+
+
+@pytest.mark.parametrize(
+    ("says", "ends"), [(StepInDoubtError("half done"), Status.BLOCKED), (StepResult(), Status.GREEN)], ids=repr
+)
+def test_the_way_back_settles_a_failed_attempt_behind_a_gate_that_does_not_stand_any_more(
+    run_with_database: Run, says: StepResult | Exception, ends: Status
+) -> None:
+    run, fails = run_with_database, Seen(says)
+    fails.failed(run)
+    gate = Acts().step()
+    gate.name = "sign_off"
+    fails.made.before = (gate,)
+
+    def refuses(*_: object) -> Mapping[str, Any]:
+        raise PausedError("the decision does not stand: its evidence is not here")
+
+    fails.made.guard = refuses
+    with pytest.raises(PausedError, match=r"does not start: prepare\.sign_off"):
+        fails.made(run)
+
+    for _ in range(2):  # killed behind it, the way back asks again
+        with pytest.raises(StepInDoubtError, match="half done") if ends is Status.BLOCKED else nullcontext():
+            fails.made.settle_left_over(run)
+
+    assert (run.state.step(KEY).status, fails.acts.times) == (ends, 1)
+    assert broken_rules(run) == []
+
+
+def test_what_became_of_a_failed_attempt_is_not_said_after_the_end(run_with_database: Run) -> None:
+    run, fails = run_with_database, Seen(StepResult())
+    fails.failed(run)
+    run.ledger.append(run.run_id, "run_ended", {"state": "aborted"})
+
+    with pytest.raises(PausedError, match="has ended"):
+        fails.made.settle_left_over(run)
+
+    assert run.state.step(KEY).status is Status.FAILED
 
 
 @pytest.mark.parametrize("says", [None, StepFailedError("it is there, and red")])
