@@ -136,11 +136,15 @@ def _version() -> str:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove half-written files of a killed process and folders without a file: neither can be listed in a manifest."""
+    """Remove what a killed process left half written, and folders without a file: neither can be listed in a manifest.
+
+    A signature is written before its statement: one that stands alone belongs to nothing that was said.
+    """
     for path in sorted(folder.rglob("*"), key=lambda p: len(p.parts), reverse=True):
         if path.is_symlink():
             continue
-        if path.is_file() and _LEFT_OVER.fullmatch(path.name):
+        alone = path.name.endswith(".json.sig") and not path.with_suffix("").exists()
+        if path.is_file() and (alone or _LEFT_OVER.fullmatch(path.name)):
             path.unlink()
         elif path.is_dir() and not any(path.iterdir()):
             path.rmdir()

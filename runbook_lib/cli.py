@@ -505,16 +505,12 @@ def abort(
     """End a run where it stands and list what stays changed."""
     from runbook_lib import executor, wiring
     from runbook_lib.executor import Outcome
-    from runbook_lib.phases import rollback as way_back
 
     run = wiring.attach(run_id)
-    if run.state.ended:
-        raise UsageError(f"run {run_id} has ended: {run.state.ended}", remedy="runbook list")
-    changed = way_back.what_changed(run)
-    for line in changed:
-        _say(f"stays changed: {line}")
-    executor.end(run, "aborted", reason=reason, stays_changed=changed)
-    _finish(run, Outcome(0, f"aborted: {reason}; {len(changed)} things stay changed", run.state.phase), json=json)
+    stays = executor.abort(run, reason=reason)
+    for line in stays:
+        _say(f"stays: {line}")
+    _finish(run, Outcome(0, f"aborted: {reason}; {len(stays)} things stay", run.state.phase), json=json)
 
 
 def _ledgers() -> Iterator[tuple[Ledger, Params | None]]:

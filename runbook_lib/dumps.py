@@ -115,6 +115,7 @@ def adopt(run: Run, part: Path, final: Path, known: Mapping[str, Any], duration_
         "lsn": lsn,
         "duration_s": round(duration_s, 3),
         "throughput": f"{source['size_bytes'] / duration_s / 1e6:.1f} MB/s" if duration_s else "unknown",
+        "sent ahead": known.get("sent_ahead", "unknown"),
         "not provable": source["not_provable"],
         "loss window": f"a restore loses what is written after {taken_at}, LSN {lsn}",
     }

@@ -13,10 +13,11 @@ from typing import Any
 from runbook_lib import archive, decisions, gate, lease, mirror, pinned, walked
 from runbook_lib.adapters import processes
 from runbook_lib.canonical import write_atomically
-from runbook_lib.errors import GateClosedError, PausedError, RunbookError
+from runbook_lib.errors import GateClosedError, PausedError, RunbookError, UsageError
 from runbook_lib.kernels import Kernels, Pulse
 from runbook_lib.model import Status
 from runbook_lib.phases import FORWARD, name_of, notebook_of, steps_of
+from runbook_lib.phases import rollback as way_back
 from runbook_lib.render import runs_index_html
 from runbook_lib.run import Run
 from runbook_lib.state import RunState
@@ -148,6 +149,21 @@ def interrupted(run: Run, *, say: Callable[[str], None], again: Callable[[], boo
             say(f"ending {name}")
             processes.end_group(pid)
     return Outcome(75, f"interrupted in {at}. Next: runbook resume {run.run_id}", state.phase)
+
+
+def abort(run: Run, *, reason: str) -> list[str]:
+    """End a run where it stands; returns what stays changed, and what nobody looked at.
+
+    Raises:
+        PausedError: it has ended, or something of it is still at work.
+    """
+    if run.state.ended:
+        raise UsageError(f"run {run.run_id} has ended: {run.state.ended}", remedy="runbook list")
+    with lease.held(run):
+        way_back.refuse_at_work(run)
+        stays = [*way_back.what_changed(run), *way_back.in_doubt(run)]
+        end(run, "aborted", reason=reason, stays_changed=stays)
+    return stays
 
 
 def end(run: Run, state: str, **why: Any) -> None:

@@ -29,7 +29,6 @@ from runbook_lib.errors import (
     FencedError,
     PausedError,
     StepFailedError,
-    StepInDoubtError,
     UnavailableError,
 )
 from runbook_lib.model import Command
@@ -104,7 +103,7 @@ def raise_on(run: Run, host: str) -> None:
 
     Raises:
         FencedError: a later executor was there.
-        StepInDoubtError: something of an earlier one still runs there.
+        PausedError: something of an earlier one still runs there.
         UnavailableError: it does not answer.
     """
     python = run.params.all_hosts[host].python
@@ -118,7 +117,7 @@ def raise_on(run: Run, host: str) -> None:
     if done.exit_code == _NO_SSH:
         raise UnavailableError(f"{host} does not answer: {done.tail(1)}", remedy="mend that, then resume")
     if done.exit_code == _AT_WORK:
-        raise StepInDoubtError(f"{host}: {done.tail(1)}", remedy="wait for it, or end it there")
+        raise PausedError(f"{host}: {done.tail(1)}", remedy="wait for it, or end it there; then resume")
 
 
 def through(run: Run, command: Command, hosts: Sequence[str]) -> Command:
@@ -219,7 +218,7 @@ def end_left_over(run: Run) -> int:
     is for the step's probe to see. Sessions are told by the name that the run gives them.
 
     Raises:
-        StepInDoubtError: one does not end; it is named.
+        PausedError: one does not end; it is named.
     """
     d = run.params.database
     with run.services.database.connect(
@@ -231,9 +230,9 @@ def end_left_over(run: Run) -> int:
         for pid, application, query in found:
             ended = session.execute("SELECT pg_terminate_backend(%s, 10000)", (pid,)).fetchone()
             if ended != (True,):
-                raise StepInDoubtError(
+                raise PausedError(
                     f"a session of this run is still at work in the database (pid {pid}, {application}: {query})",
-                    remedy="wait for it, or let a DBA end it",
+                    remedy="wait for it, or let a DBA end it; then resume",
                 )
     return len(found)
 

@@ -202,6 +202,8 @@ def _green_once(story: _Story, event: Event) -> None:
 def _gates_first(story: _Story, event: Event) -> None:
     if event.kind != "step_intent":
         return
+    if "settles" in event.data and story.attempts.get(event.data["step"], _Attempt()).last == "failed":
+        return  # it says what became of that attempt and acts on nothing: the gates may have fallen since
     phase = event.data["step"].partition(".")[0]
     for gate, phases in BEHIND.items():
         if phase in phases and gate not in event.data.get("gates", {}):

@@ -356,6 +356,8 @@ def decide(run: Run, name: str, data: bytes, signature: bytes) -> dict[str, Any]
     }
 
     def still_open(state: RunState) -> None:
+        if state.ended:
+            raise UsageError(f"refused: run {run.run_id} has ended: {state.ended}", remedy="runbook list")
         if state.gate(name).round != now.round:
             raise UsageError(
                 f"refused: gate {name} is in round {state.gate(name).round} now", remedy="look at the new evidence"

@@ -14,7 +14,7 @@ from runbook_lib import fence
 from runbook_lib.adapters import catalogue
 from runbook_lib.commands import migrations
 from runbook_lib.commands.migrations import Target
-from runbook_lib.errors import RunbookError, StepFailedError, StepInDoubtError
+from runbook_lib.errors import PausedError, RunbookError, StepFailedError
 from runbook_lib.model import Command, Completed
 from runbook_lib.run import Run
 
@@ -133,7 +133,7 @@ def refuse_while_migrating(run: Run, database: str) -> None:
     """See that nothing is at work there as the migration role: a killed client's statement goes on in the server.
 
     Raises:
-        StepInDoubtError: a session still is.
+        PausedError: a session still is.
     """
     d = run.params.database
     with run.services.database.connect(
@@ -144,9 +144,9 @@ def refuse_while_migrating(run: Run, database: str) -> None:
             (d.migrate_role, database),
         ).fetchall()
     if rows:
-        raise StepInDoubtError(
+        raise PausedError(
             f"a session of the migration role is still at work in {database} (pid {rows[0][0]})",
-            remedy="wait for it",
+            remedy="wait for it, or let a DBA end it; then resume",
         )
 
 

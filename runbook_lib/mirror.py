@@ -73,6 +73,8 @@ def _push(run: Run, ended: str) -> None:
         _write_note(run.scratch, digest, known)
     except (StepFailedError, UsageError) as error:  # also a token that has ended, or a bucket that is gone
         run.ledger.append(run.run_id, "note", {"text": f"the folder was not mirrored: {error.message}"[:1000]})
+    except OSError as error:  # a full scratch disk says nothing of the step that has just ended
+        run.ledger.append(run.run_id, "note", {"text": f"the folder was not mirrored: {error}"[:1000]})
 
 
 def put(run: Run, path: Path) -> None:

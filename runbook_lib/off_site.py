@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from runbook_lib.canonical import sha256_file
 from runbook_lib.clock import Moment
 from runbook_lib.errors import StepFailedError
 from runbook_lib.model import StepResult
+from runbook_lib.ports import Ahead, Stored
 from runbook_lib.run import Run
 
 
@@ -33,6 +35,26 @@ def copies(run: Run) -> list[tuple[Path, str]]:
 def remote_key(run: Run, path: Path) -> str:
     """The key of a copy in the store."""
     return f"{run.run_id}/{path.name}"
+
+
+def ahead(run: Run, part: Path, final: Path) -> AbstractContextManager[Ahead]:
+    """Send what is on disk of a backup while the body makes it; `put` completes it when it is proved."""
+    return run.services.store.ahead(part, remote_key(run, final), note=_note(run, final), retain=True)
+
+
+def sent(ahead: Ahead) -> str:
+    """For people: how much of a backup was sent while it was made."""
+    return f"{ahead.sent_bytes:,} bytes" + (f", then given up: {ahead.gave_up}" if ahead.gave_up else "")
+
+
+def put(run: Run, path: Path, digest: str) -> Stored:
+    """Store one copy; what was sent of it ahead is not sent again."""
+    key = remote_key(run, path)
+    return run.services.store.put(path, key, sha256=digest, retain=True, note=_note(run, path))
+
+
+def _note(run: Run, final: Path) -> Path:
+    return on_disk.scratch(run) / f"{final.name}.upload"
 
 
 def at_once(run: Run, work: Callable[[Path, str], Any]) -> list[Any]:

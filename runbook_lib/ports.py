@@ -7,6 +7,7 @@ or rights are wrong. Every effect takes a key and happens once per key, however 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -104,6 +105,18 @@ class Stored:
     retained_until: str | None = None
 
 
+class Ahead(Protocol):
+    """A copy whose parts are sent while its file is still being written."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """How much has been sent so far, in whole parts."""
+
+    @property
+    def gave_up(self) -> str:
+        """Why no more is sent; empty while all is well."""
+
+
 class ObjectStore(Protocol):
     """Versioned objects off site."""
 
@@ -115,10 +128,17 @@ class ObjectStore(Protocol):
     def received_bytes(self) -> int:
         """How many bytes were downloaded through this object so far; for the display of progress."""
 
-    def put(self, path: Path, key: str, *, sha256: str, retain: bool = False) -> Stored:
+    def put(self, path: Path, key: str, *, sha256: str, retain: bool = False, note: Path | None = None) -> Stored:
         """Store a file once: a version whose content is this digest is returned instead of written again.
 
-        With `retain` nobody may remove it for as long as the store is configured to keep.
+        With `retain` nobody may remove it for as long as the store is configured to keep. With the `note` of `ahead`
+        what was sent by that and is still what the file holds is not sent again.
+        """
+
+    def ahead(self, path: Path, key: str, *, note: Path, retain: bool = False) -> AbstractContextManager[Ahead]:
+        """Send what is on disk of a file, again and again while the body writes it; `put` completes it.
+
+        Nothing is under `key` before that, and the body's work neither fails nor waits by it, whatever the store does.
         """
 
     def find(self, key: str) -> Stored | None:

@@ -14,9 +14,11 @@ it is green.
 from __future__ import annotations
 
 import contextlib
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
@@ -64,6 +66,8 @@ class Attempt:
 # A card shows so much of its commands' logs; the whole ones are in the record.
 _LOGS, _TAIL_BYTES, _TAIL_LINES = 8, 4096, 12
 _attempt: ContextVar[Attempt | None] = ContextVar("attempt", default=None)
+# What threads of this process are at: of a process that is this one, its being there says nothing.
+_here: set[tuple[str, str]] = set()
 
 
 def current_attempt() -> Attempt | None:
@@ -175,7 +179,7 @@ class Step:
 
         Raises:
             StepInDoubtError: nobody can tell but a person, who settles it.
-            PausedError: its target does not answer.
+            PausedError: its target does not answer, or something still runs there.
         """
         with lease.held(run):
             for item in [None] if self.each is None else self.each(run):
@@ -237,10 +241,10 @@ class Step:
                     results[item] = found
             rest = [item for item in items if item not in results]
             with ThreadPoolExecutor(self.limit(run), thread_name_prefix=self.name) as pool:
-                begun = {
-                    item: pool.submit(copy_context().run, doing, item, self._one, run, item, True) for item in rest
-                }
-            results.update({item: future.result() for item, future in begun.items()})
+                begun = _ended(
+                    pool.submit(copy_context().run, doing, item, self._one, run, item, True) for item in rest
+                )
+            results.update({item: future.result() for item, future in zip(rest, begun, strict=True)})
         return {item: results[item] for item in items}
 
     def _one(self, run: Run, item: str | None, looked: bool = False) -> StepResult:  # noqa: FBT001, FBT002
@@ -272,14 +276,17 @@ class Step:
         return self._attempt(run, item, key, known.attempt + 1)
 
     def _refuse_out_of_order(self, run: Run, state: RunState) -> None:
-        if state.ended and self.phase != "review":
-            raise PausedError(f"run {run.run_id} has ended: {state.ended}", remedy="runbook list")
+        self._refuse_ended(run, state)
         for earlier in self.before:
             if not earlier.is_green(run, state):
                 raise PausedError(
                     f"{self.key()} does not start: {earlier.key()} ({earlier.title}) is not green",
                     remedy=f"runbook resume {run.run_id}, or run that cell first",
                 )
+
+    def _refuse_ended(self, run: Run, state: RunState) -> None:
+        if state.ended and self.phase != "review":
+            raise PausedError(f"run {run.run_id} has ended: {state.ended}", remedy="runbook list")
 
     def _attempt(self, run: Run, item: str | None, key: str, number: int) -> StepResult:
         folder = run.writable / "logs" / key / str(number)
@@ -302,7 +309,7 @@ class Step:
 
         started = time.monotonic()
         self._begin(run, key, intent)
-        with _attempting(Attempt(key, number, folder)):
+        with _attempting(Attempt(key, number, folder)), _at_work_here(run, key):
             try:
                 result = self.action(*arguments)
             except (FencedError, LedgerUnavailableError):
@@ -328,12 +335,17 @@ class Step:
             now = state.step(key)
             if now.status in (Status.GREEN, Status.RUNNING, Status.BLOCKED) or now.attempt + 1 != intent["attempt"]:
                 raise PausedError(f"{key} was just taken by another executor", remedy=f"runbook status {run.run_id}")
-            self._refuse_out_of_order(run, state)
+            settles = "settles" in intent  # it says what became of an attempt: nothing is done behind a gate for that
+            if settles:
+                self._refuse_ended(run, state)
+            else:
+                self._refuse_out_of_order(run, state)
             if self.phase not in ("prepare", "review") and not state.locked:
                 raise PausedError(f"run {run.run_id} does not hold {run.release.environment}", remedy="run phase 1")
-            if self.guard is not None:
+            if self.guard is not None and not settles:
                 intent["gates"] = dict(self.guard(run, state, self))
 
+        fence.epoch(run)
         run.ledger.append(run.run_id, "step_intent", intent, guard=verified)
 
     def _green(
@@ -377,10 +389,13 @@ class Step:
                     remedy=f"runbook status {run.run_id}",
                 )
 
+        fence.epoch(run)
         run.ledger.append(run.run_id, kind, data, guard=still_running)
 
     def _recover(self, run: Run, item: str | None, key: str, known: StepState) -> StepResult | None:
         """Settle an intent without outcome: nothing old may still run, then the probe says."""
+        if (run.run_id, key) in _here:
+            raise PausedError(f"{key} is being run by this very process", remedy="wait for it")
         lease.refuse_at_work(run, key, known.intent, known.intent_time)
         self._let_left_over_end(run, key, known)
         if self.recovery is Recovery.REPEAT:
@@ -403,7 +418,8 @@ class Step:
         """Ask the probe before a failed attempt is made again: what was ended by its time-out may be half done.
 
         What it says is an attempt of its own in the ledger, over what the failed one started: killed before it is
-        written, the next executor asks the probe about the same.
+        written, the next executor asks the probe about the same. It acts on nothing, so it needs neither its place
+        nor its gates: the way back must not stick behind one that does not stand any more.
         """
         if self.settle is None:
             return None
@@ -426,7 +442,7 @@ class Step:
         """What the probe says.
 
         Raises:
-            PausedError: its target does not answer; nothing is changed.
+            PausedError: its target does not answer, or something still runs there; nothing is changed.
             StepInDoubtError: it cannot tell, or it broke.
             StepFailedError: it could look, and what is there is not what it should be.
         """
@@ -488,6 +504,41 @@ def _logs(run: Run, state: StepState) -> tuple[Log, ...]:
             code = int(ended.read_text()) if ended.exists() else None
             found.append(Log(log.stem, code, run.secrets.redacted("\n".join(tail))))
     return tuple(found)
+
+
+def _ended(submitted: Iterator[Future[Any]]) -> list[Future[Any]]:
+    """Begin all of it and wait until none is at work, however often that is interrupted: what has not begun need not.
+
+    The lease is given back then, and what still works would work without one.
+    """
+    begun: list[Future[Any]] = []
+    try:
+        begun.extend(submitted)
+        wait(begun)
+    except KeyboardInterrupt:
+        before = signal.signal(signal.SIGINT, _say_waiting)
+        try:
+            _say_waiting()
+            for future in begun:
+                future.cancel()
+            wait(begun)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        raise
+    return begun
+
+
+def _say_waiting(*_: object) -> None:
+    print("Interrupted: what was begun is waited for. Restart the kernel to leave it alone.", file=sys.stderr)
+
+
+@contextmanager
+def _at_work_here(run: Run, key: str) -> Iterator[None]:
+    _here.add((run.run_id, key))
+    try:
+        yield
+    finally:
+        _here.discard((run.run_id, key))
 
 
 @contextmanager

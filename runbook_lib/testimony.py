@@ -101,6 +101,7 @@ def resolve(
     Raises:
         UsageError: the step is not blocked, the person may not, or nobody can sign for what it should have recorded.
     """
+    _refuse_ended(run.state)
     now = run.state.step(step)
     if now.status is not Status.BLOCKED:
         raise UsageError(f"refused: {step} is {now.status.value}, not blocked", remedy=f"runbook status {run.run_id}")
@@ -123,28 +124,32 @@ def resolve(
     data = decisions.statement(decisions.RESOLUTION, subject, said)
     signature = decisions.signed(data, key=key, ask=ask)
     decisions.check_signature(run, data, signature, person=person)
-    kept = decisions.store(run, f"resolve-{step}-{sha256(data)[:8]}", data, signature)
-    facts = {"settled by": person, "comment": comment, "statement": kept["statement"]}
-
-    def still_blocked(state: RunState) -> None:
-        if state.step(step).status is not Status.BLOCKED or state.step(step).attempt != now.attempt:
-            raise UsageError(f"refused: {step} was settled by somebody else", remedy=f"runbook status {run.run_id}")
-
+    name = f"resolve-{step}-{sha256(data)[:8]}"
+    facts = {"settled by": person, "comment": comment, "statement": f"decisions/{name}.json"}
+    event: dict[str, Any] = {"step": step, "attempt": now.attempt}
     if done:
         result = StepResult(facts=facts, title=str(now.intent["title"]))
-        outcome = {
-            "step": step,
-            "attempt": now.attempt,
-            "status": "green",
-            "result": result.as_json(),
-            "duration_s": 0.0,
-            **kept,
-        }
-        run.ledger.append(run.run_id, "step_outcome", {**outcome, "settled_by": person}, guard=still_blocked)
+        event |= {"status": "green", "result": result.as_json(), "duration_s": 0.0, "settled_by": person}
     else:
-        reset = {"step": step, "attempt": now.attempt, "why": f"not done, says {person}: {comment}", **kept}
-        run.ledger.append(run.run_id, "step_reset", reset, guard=still_blocked)
+        event |= {"why": f"not done, says {person}: {comment}"}
+
+    def still_blocked(state: RunState) -> None:
+        _refuse_ended(state)
+        if state.step(step).status is not Status.BLOCKED or state.step(step).attempt != now.attempt:
+            raise UsageError(f"refused: {step} was settled by somebody else", remedy=f"runbook status {run.run_id}")
+        # Inside of the transaction: a run that ends meanwhile is sealed without it.
+        event.update(decisions.store(run, name, data, signature))
+
+    run.ledger.append(run.run_id, "step_outcome" if done else "step_reset", event, guard=still_blocked)
     return {"step": step, "done": done, **facts}
+
+
+def _refuse_ended(state: RunState) -> None:
+    if state.ended:
+        raise UsageError(
+            f"refused: run {state.run_id} has ended ({state.ended}), and its record holds what was known then",
+            remedy="write down in the review what was found since",
+        )
 
 
 def _may_settle(run: Run, step: str, person: str) -> None:

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from runbook_lib.adapters import uploads
+from runbook_lib.adapters.uploads import Ahead, Multipart, Part, Range
 from runbook_lib.canonical import sha256_file
 from runbook_lib.errors import DeniedError, StepFailedError, UnavailableError, UsageError
 from runbook_lib.ports import Stored
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
 _BLOCK_BYTES = 256 << 10
-# Up to here one request with the checksum of the whole; above, parts, each with its own. The protocol counts to 10,000.
+# Up to here one request with the checksum of the whole; above, parts, each with its own.
 _ONE_REQUEST_BYTES = 32 << 20
 _PART_BYTES = 16 << 20
-_MOST_PARTS = 9000
 _PARTS_AT_ONCE = 4
 # No step may take longer: parts that are older belong to an upload that nobody goes on with.
 _LEFT_OVER_S = 7 * 86400
@@ -69,7 +68,7 @@ class S3Store:
     _known: S3Client | None = field(default=None, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
-    def put(self, path: Path, key: str, *, sha256: str, retain: bool = False) -> Stored:
+    def put(self, path: Path, key: str, *, sha256: str, retain: bool = False, note: Path | None = None) -> Stored:
         """See `ports.ObjectStore`.
 
         Raises:
@@ -84,13 +83,23 @@ class S3Store:
                 f"{path} has sha256 {found}, expected {sha256}", remedy="the local file changed: back up again"
             )
         with self._answering(key):
-            self._put_new(path, key, sha256, self._wanted(retain=retain))
-        stored = self._version_with(key, sha256, path.stat().st_size)
+            stored = self._put_ahead(path, key, sha256, note) if note is not None else None
+            if stored is None:
+                self._put_new(path, key, sha256, self._wanted(retain=retain))
+        if stored is None:
+            stored = self._version_with(key, sha256, path.stat().st_size)
         if stored is None:
             raise StepFailedError(
                 f"{self._address(key)} holds other content than {path}", remedy="nothing was written over: look at both"
             )
+        if note is not None:
+            note.unlink(missing_ok=True)
         return stored
+
+    def ahead(self, path: Path, key: str, *, note: Path, retain: bool = False) -> Ahead:
+        """See `ports.ObjectStore`."""
+        wanted = self._wanted(retain=retain)
+        return Ahead(self._multipart(key), path, note, wanted=wanted, least=_ONE_REQUEST_BYTES, part_bytes=_PART_BYTES)
 
     def find(self, key: str) -> Stored | None:
         """See `ports.ObjectStore`."""
@@ -173,72 +182,76 @@ class S3Store:
         self._count(path.stat().st_size)
 
     def _put_parts(self, path: Path, key: str, sha256: str, wanted: dict[str, Any]) -> None:
-        s3, name = self._client, self._full(key)
-        self._forget_half_uploads(name)
-        upload = s3.create_multipart_upload(
-            Bucket=self.bucket, Key=name, ChecksumAlgorithm="SHA256", Metadata={"sha256": sha256}, **wanted
-        )["UploadId"]
-        size = path.stat().st_size
-        part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
+        parts = self._multipart(key)
+        self._forget_half_uploads(parts.name)
+        upload = parts.begin({"Metadata": {"sha256": sha256}, **wanted})
         try:
-            with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
-                sent = [
-                    pool.submit(self._put_part, path, name, upload, number, start, part_bytes)
-                    for number, start in enumerate(range(0, size, part_bytes), 1)
-                ]
-                try:
-                    parts = [part.result() for part in sent]
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-            s3.complete_multipart_upload(
-                Bucket=self.bucket, Key=name, UploadId=upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
-            )
+            self._complete(path, parts, upload, uploads.even(path.stat().st_size, _PART_BYTES), {})
         except BaseException:
-            with contextlib.suppress(Exception):  # the next upload looks for what is left
-                s3.abort_multipart_upload(Bucket=self.bucket, Key=name, UploadId=upload)
+            parts.abort(upload)
             raise
 
-    def _put_part(self, path: Path, name: str, upload: str, number: int, start: int, size: int) -> CompletedPartTypeDef:
-        from s3transfer.utils import ReadFileChunk
+    def _put_ahead(self, path: Path, key: str, sha256: str, note: Path) -> Stored | None:
+        """Complete what was sent while the file was written; None when that is not there or of no use.
 
-        # Read from the disk as it is sent: nothing of a part stays in memory, however big it is.
-        with ReadFileChunk.from_filename(str(path), start, size) as body:
-            digest = hashlib.sha256()
-            while block := body.read(_BLOCK_BYTES):
-                digest.update(block)
-            body.seek(0)
-            checksum = base64.b64encode(digest.digest()).decode()
-            done = self._client.upload_part(
-                Bucket=self.bucket,
-                Key=name,
-                UploadId=upload,
-                PartNumber=number,
-                Body=cast("IO[bytes]", body),
-                ChecksumSHA256=checksum,
-            )
-        self._count(size)
-        return {"PartNumber": number, "ETag": done["ETag"], "ChecksumSHA256": checksum}
+        Such an object says nothing of its digest, which was not known when its upload began.
+        """
+        from botocore.exceptions import ClientError
+
+        parts, size = self._multipart(key), path.stat().st_size
+        with uploads.noted(note) as held:
+            begun = uploads.begun(held, parts.name) if size > _ONE_REQUEST_BYTES else None
+            self._forget_half_uploads(parts.name, but=begun.upload if begun is not None else "")
+            if begun is None:
+                return None
+            ranges = uploads.growing(_PART_BYTES, size)
+            try:
+                version = self._complete(path, parts, begun.upload, ranges, begun.parts)
+            except ClientError as error:
+                if not 400 <= error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) < 500:
+                    raise
+                # The store forgot it, would have its parts otherwise, or has completed it and nobody heard it say so.
+                parts.abort(begun.upload)
+                return self._version_with(key, sha256, size)
+        return self._head(key, version)
+
+    def _complete(
+        self, path: Path, parts: Multipart, upload: str, ranges: Iterable[Range], known: Mapping[int, Part]
+    ) -> str | None:
+        """Send what the store does not have of a file, and make it the object; returns its version."""
+        with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
+            sent = [pool.submit(self._put_part, path, parts, upload, part, known.get(part[0])) for part in ranges]
+            try:
+                done = [part.result() for part in sent]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return parts.complete(upload, done)
+
+    def _put_part(self, path: Path, parts: Multipart, upload: str, part: Range, known: Part | None) -> Part:
+        done = parts.send(path, upload, part, known=known)
+        self._count(done.size_bytes)
+        return done
 
     def _count(self, size: int) -> None:
         with self._lock:
             self.sent_bytes += size
 
-    def _forget_half_uploads(self, name: str) -> None:
+    def _forget_half_uploads(self, name: str, *, but: str = "") -> None:
         """Parts of an upload that was killed cost storage and are seen by nobody."""
         oldest = datetime.now(UTC) - timedelta(seconds=_LEFT_OVER_S)
         pages = self._client.get_paginator("list_multipart_uploads").paginate(
             Bucket=self.bucket, Prefix=f"{self.prefix.strip('/')}/"
         )
         for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
-            if upload["Key"] == name or upload["Initiated"] < oldest:
+            if upload["UploadId"] != but and (upload["Key"] == name or upload["Initiated"] < oldest):
                 self._client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
     def _version_with(self, key: str, sha256: str, size_bytes: int) -> Stored | None:
         """The newest version that holds this content, among all versions of the key."""
         with self._answering(key):
             newest = self._head(key)
-            if newest is None or (newest.sha256, newest.size_bytes) == (sha256, size_bytes):
+            if newest is None or self._holds(newest, sha256, size_bytes):
                 return newest
             pages = self._client.get_paginator("list_object_versions").paginate(
                 Bucket=self.bucket, Prefix=self._full(key)
@@ -247,9 +260,18 @@ class S3Store:
                 for version in page.get("Versions", []):
                     if version["Key"] == self._full(key) and version["Size"] == size_bytes:
                         older = self._head(key, version["VersionId"])
-                        if older is not None and older.sha256 == sha256:
+                        if older is not None and self._holds(older, sha256, size_bytes):
                             return older
         return None
+
+    def _holds(self, stored: Stored, sha256: str, size_bytes: int) -> bool:
+        """An object that does not say what it holds is read."""
+        if stored.size_bytes != size_bytes:
+            return False
+        return (stored.sha256 or self.read_back(stored)[0]) == sha256
+
+    def _multipart(self, key: str) -> Multipart:
+        return Multipart(lambda: self._client, self.bucket, self._full(key))
 
     def _head(self, key: str, version_id: str | None = None) -> Stored | None:
         from botocore.exceptions import ClientError

@@ -16,7 +16,7 @@ from typing import Any
 
 from runbook_lib import cell
 from runbook_lib.clock import boot_id
-from runbook_lib.errors import StepInDoubtError
+from runbook_lib.errors import PausedError
 
 # Writes "pid starttime boot_id" under a scratch name and renames it, runs the command, then does the same with its
 # exit status: a later process finds both or neither.
@@ -41,6 +41,7 @@ exit $status
 
 # The kernel gives its first pid namespace, the one outside of all containers, this number on every machine.
 _INITIAL_PIDS = "pid:[4026531836]"
+_WAIT = "wait, or end it; then resume"
 
 
 def environment() -> dict[str, str]:
@@ -115,7 +116,7 @@ def wait_for_children(folder: Path, *, timeout_s: float) -> None:
     """Wait until every command recorded in a step's folder has ended.
 
     Raises:
-        StepInDoubtError: one still runs after `timeout_s` seconds, or its wrapper died and its group lives on.
+        PausedError: one still runs after `timeout_s` seconds, or its wrapper died and its group lives on.
     """
     deadline = time.monotonic() + timeout_s
     for record in sorted(folder.rglob("*.lock")):
@@ -188,9 +189,7 @@ def _wait_lock(deadline: float, record: Path) -> None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise StepInDoubtError(
-                        f"its command ({record.stem}) still runs", remedy="wait, or end it"
-                    ) from None
+                    raise PausedError(f"its command ({record.stem}) still runs", remedy=_WAIT) from None
                 time.sleep(0.05)
             else:
                 return
@@ -205,7 +204,7 @@ def _wait(pid: int, deadline: float, record: Path) -> None:
         poll = select.poll()
         poll.register(handle, select.POLLIN)
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise StepInDoubtError(f"its command (pid {pid}, {record.stem}) still runs", remedy="wait, or end it")
+            raise PausedError(f"its command (pid {pid}, {record.stem}) still runs", remedy=_WAIT)
     finally:
         os.close(handle)
 
@@ -213,7 +212,7 @@ def _wait(pid: int, deadline: float, record: Path) -> None:
 def _wait_group(pgid: int, deadline: float, record: Path) -> None:
     while members := group_members(pgid):
         if time.monotonic() > deadline:
-            raise StepInDoubtError(f"its command (pids {members}, {record.stem}) still runs", remedy="wait, or end it")
+            raise PausedError(f"its command (pids {members}, {record.stem}) still runs", remedy=_WAIT)
         time.sleep(0.1)
 
 

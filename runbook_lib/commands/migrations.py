@@ -88,17 +88,29 @@ def reversible(path: Path) -> bool:
     text = path.read_text()
     if path.suffix == ".rb":
         return "IrreversibleMigration" not in text and re.search(r"def (change|down)\b", text) is not None
-    _, found, after = text.partition("-- migrate:down")
-    return bool(found) and any(line.strip() and not line.strip().startswith("--") for line in after.splitlines()[1:])
+    return any(
+        line.strip() and not line.strip().startswith("--")
+        for down in _sections(text, "down")
+        for line in down.splitlines()[1:]
+    )
 
 
 def transactional(path: Path) -> bool:
-    """True when a migration and its row in schema_migrations are one transaction: both are there or neither."""
+    """True when a migration and its row in schema_migrations are one transaction: both are there or neither.
+
+    What is not understood is not called one.
+    """
     text = path.read_text()
     if path.suffix == ".rb":
         return "disable_ddl_transaction!" not in text
-    head = re.search(r"^-- migrate:up\b(.*)$", text, re.MULTILINE)
-    return head is None or re.search(r"\btransaction:\s*false\b", head[1]) is None
+    ups = _sections(text, "up")
+    return len(ups) == 1 and re.search(r"\btransaction:\s*false\b", ups[0].partition("\n")[0]) is None
+
+
+def _sections(text: str, direction: str) -> list[str]:
+    """What stands behind each directive of a direction, from the rest of its line on, as dbmate spells them."""
+    parts = re.split(r"^--\s*migrate:(up|down)\b", text, flags=re.MULTILINE)
+    return [body for said, body in zip(parts[1::2], parts[2::2], strict=True) if said == direction]
 
 
 def _dbmate(executable: str, target: Target, folder: Path, timeout_s: float, verb: str) -> Command:

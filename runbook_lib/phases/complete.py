@@ -142,7 +142,7 @@ def _success(run: Run) -> str:
 @step("Lift the merge freeze", recovery=Recovery.PROBE, owner="Lead", way_back="freeze again")
 def lift_freeze(run: Run) -> StepResult:
     """Before the changelog: that one is merged too."""
-    return StepResult(facts=outward.deliver(run, lambda: _lift(run)))
+    return StepResult(facts=outward.deliver(run, lambda: lift(run)))
 
 
 @lift_freeze.probe
@@ -155,7 +155,12 @@ def _(run: Run) -> list[tuple[str, ...]]:
     return [("call", f"lift the freeze of {run.params.repository.url}")]
 
 
-def _lift(run: Run) -> dict[str, Any]:
+def lift(run: Run) -> dict[str, Any]:
+    """Lift this run's freeze, and say whether merges are open; another run's is left alone.
+
+    Raises:
+        StepFailedError: it still stands, or nobody can tell whose it is.
+    """
     run.services.repository.lift_freeze(run.run_id)
     holder = run.services.repository.frozen_by()
     if holder == run.run_id:
@@ -291,7 +296,8 @@ def _ticket_facts(run: Run, address: str) -> dict[str, Any]:
 
 # What the review tries again when it could not be delivered.
 AGAIN: Mapping[str, Callable[[Run], dict[str, Any]]] = {
-    "complete.lift_freeze": _lift,
+    "complete.lift_freeze": lift,
+    "rollback.lift_freeze": lift,
     "complete.update_changelog": _changelog,
     "complete.publish_pages": _publish,
     "complete.close_ticket": _ticket,

@@ -67,10 +67,18 @@ def deploy_to(run: Run, host: str, commit: str, *, name: str) -> StepResult:
     return StepResult(facts=facts if params.url is not None else {**facts, "before": "a worker does not say"})
 
 
-def found_on(run: Run, host: str, commit: str) -> StepResult | None:
-    """Whether a host serves the commit and takes traffic; None means deploy again: the playbook is safe to repeat."""
-    params, balancer = run.params.all_hosts[host], run.services.balancer
+def _found_on(run: Run, host: str, intent: Mapping[str, Any]) -> StepResult | None:
+    """Whether a host has the release and takes traffic; None means deploy again: the playbook is safe to repeat.
+
+    A process that serves the commit shows neither what the host starts next nor what the playbook does behind the
+    restart. So its playbook must have ended well too, as the attempt's folder has it: of one that failed, was killed or
+    left no trace here nothing is taken for done. A worker says nothing, and is deployed again.
+    """
+    params, balancer, commit = run.params.all_hosts[host], run.services.balancer, run.release.commit
     fence.raise_on(run, host)  # what an earlier executor started there has ended, and nothing of it starts any more
+    ended = run.folder / intent["children"] / f"deploy-{host}.exit"
+    if not ended.is_file() or ended.read_text().strip() != "0":
+        return None
     if params.url is None or serving(run, host) != commit:
         return None
     if http.request("GET", params.url + run.params.application.health_path).status != 200:
@@ -139,7 +147,7 @@ def _serves_before(run: Run, host: str) -> dict[str, Any]:
 
 @deploy_release.probe
 def _already_there(run: Run, host: str, intent: Mapping[str, Any]) -> StepResult | None:
-    return found_on(run, host, run.release.commit)
+    return _found_on(run, host, intent)
 
 
 @deploy_release.plan

@@ -71,9 +71,10 @@ def rehearse_on_staging(run: Run) -> StepResult:
     return StepResult(facts={**result.facts, "seconds": round(time.monotonic() - started, 2)})
 
 
-def _rehearsed(run: Run, before: Sequence[str]) -> StepResult:
+def _rehearsed(run: Run, before: Sequence[str] | None) -> StepResult:
     after = migration.applied_versions(run, run.params.database.staging)
-    return StepResult(facts={"applied now": [v for v in after if v not in before], "staging has": after})
+    now = "not recorded" if before is None else [v for v in after if v not in before]
+    return StepResult(facts={"applied now": now, "staging has": after})
 
 
 @rehearse_on_staging.pre_state
@@ -86,7 +87,8 @@ def _already_rehearsed(run: Run, intent: Mapping[str, Any]) -> StepResult | None
     staging = run.params.database.staging
     if _refuse_half_done(run, staging, intent, "staging-migrate"):
         return None
-    return _rehearsed(run, intent["pre_state"]["versions"])
+    # An intent of an older version does not say what was there before.
+    return _rehearsed(run, intent["pre_state"].get("versions"))
 
 
 def _refuse_half_done(run: Run, database: str, intent: Mapping[str, Any], name: str) -> list[str]:
@@ -95,6 +97,7 @@ def _refuse_half_done(run: Run, database: str, intent: Mapping[str, Any], name: 
     Each migration and its row in schema_migrations are one transaction: the rows tell, where that is so.
 
     Raises:
+        PausedError: somebody is still at work there as the migration role.
         StepInDoubtError: the first one runs outside a transaction, and the killed tool had begun.
     """
     migration.refuse_while_migrating(run, database)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from functools import partial
 
+import psycopg
+
 from runbook_lib import fence, lease, maintenance, migration, outward
 from runbook_lib.adapters import catalogue, http, processes
-from runbook_lib.errors import StepFailedError
+from runbook_lib.errors import DeniedError, PausedError, StepFailedError, UnavailableError
 from runbook_lib.model import Recovery, Status, StepResult
-from runbook_lib.phases import deploy, migrate
+from runbook_lib.phases import complete, deploy, migrate
 from runbook_lib.run import Run
 from runbook_lib.smoke import run_smoke
 from runbook_lib.step import step
@@ -54,17 +56,53 @@ def let_interrupted_end(run: Run) -> None:
     """Wait for what a killed executor left running: what it still changes must be there to be seen and undone.
 
     Raises:
-        PausedError: the executor itself is alive, or ran where it cannot be looked at.
-        StepInDoubtError: a command or a migration goes on.
+        PausedError: the executor itself is alive, or ran where it cannot be looked at; a command or a migration goes on.
     """
     for key, now in run.state.steps.items():
-        # Blocked: settling it gave up on something that was still at work then.
+        # Blocked: an older version did that over what was still at work.
         if now.status not in (Status.RUNNING, Status.BLOCKED) or now.intent["phase"] == "rollback":
             continue
         lease.refuse_at_work(run, key, now.intent, now.intent_time)
         processes.wait_for_children(run.folder / now.intent["children"], timeout_s=_LEFT_OVER_S)
     if touched(run, "migrate.migrate_production"):
         migration.refuse_while_migrating(run, run.params.database.production)
+
+
+def refuse_at_work(run: Run) -> None:
+    """See that nothing of the run goes on, before its environment is free for another one.
+
+    Its sessions in the database that are still at work are ended: their processes are gone.
+
+    Raises:
+        PausedError: a command of it goes on and is named, a session in the database does not end, or nobody can tell.
+    """
+    for key, now in run.state.steps.items():
+        if now.status not in (Status.RUNNING, Status.BLOCKED):
+            continue
+        lease.refuse_at_work(run, key, now.intent, now.intent_time)
+        for name, group in processes.children(run.folder / now.intent["children"]):
+            raise PausedError(
+                f"{key}: {name} is still at work here (process group {group})",
+                remedy=f"wait for it, or end it with kill -- -{group}; then the same again",
+            )
+    if run.state.locked:  # before that nothing of a run is in the database
+        try:
+            fence.end_left_over(run)
+        except (UnavailableError, DeniedError, psycopg.OperationalError) as error:
+            raise PausedError(
+                f"whether anything of run {run.run_id} is at work in the database cannot be seen: {error}"[:800],
+                remedy="mend that, then the same again",
+            ) from error
+
+
+def in_doubt(run: Run) -> list[str]:
+    """Steps that were begun and are not known to have ended well: what they left was not looked at."""
+    unsettled = (Status.RUNNING, Status.BLOCKED, Status.FAILED)
+    return [
+        f"in doubt: {key} is {now.status.value}: what it left was not looked at"
+        for key, now in run.state.steps.items()
+        if now.status in unsettled
+    ]
 
 
 def schema_difference(run: Run) -> list[str]:
@@ -152,13 +190,13 @@ def close_for_users(run: Run) -> StepResult:
 def restore_code(run: Run) -> StepResult:
     """Deploy the previous commit to every host that was touched, last one first, drained like on the way here.
 
-    It worked when each host serves the previous commit. The playbook looks before it acts: a second run changes only
-    what is missing.
+    It worked when the playbook has ended well for each host, and each serves the previous commit. A host that serves it
+    already is no exception: killed between the switch and the restart, its next start would take the new release, and
+    only the playbook knows what that start takes. It looks before it acts: a second run changes only what is missing.
     """
     done = {}
     for host in touched_hosts(run):
-        result = deploy.found_on(run, host, run.release.previous_commit)
-        done[host] = (result or deploy.deploy_to(run, host, run.release.previous_commit, name="back")).facts["commit"]
+        done[host] = deploy.deploy_to(run, host, run.release.previous_commit, name="back").facts["commit"]
     return StepResult(facts=done or {"code": "was not touched"})
 
 
@@ -228,7 +266,8 @@ def lift_fence_and_maintenance(run: Run) -> StepResult:
 def prove_previous(run: Run) -> StepResult:
     """Ask every host for its commit, the database for its schema and fence, the front door for a write.
 
-    It worked when all answer as before the release. Looking changes nothing.
+    It worked when all answer as before the release. Looking changes nothing. What a host starts next nobody can ask it:
+    that the playbook has ended well there, when the code was put back, is the proof.
     """
     commit = run.release.previous_commit
     said = {host: deploy.serving(run, host) for host, params in run.params.all_hosts.items() if params.url is not None}
@@ -266,10 +305,11 @@ def smoke_tests_again(run: Run) -> StepResult:
 
 @_undo("Lift the merge freeze", recovery=Recovery.REPEAT, owner="Dev", expected_s=0.2)
 def lift_freeze(run: Run) -> StepResult:
-    """The fix must be mergeable. Another run's freeze is left alone, so a second run changes nothing."""
-    fence.refuse_stale(run)
-    run.services.repository.lift_freeze(run.run_id)
-    return StepResult(facts={"frozen by": run.services.repository.frozen_by() or "nobody"})
+    """The fix must be mergeable. Another run's freeze is left alone, so a second run changes nothing.
+
+    A freeze that cannot be lifted, or read, is said and left to the review: users have the previous release back.
+    """
+    return StepResult(facts=outward.deliver(run, lambda: complete.lift(run)))
 
 
 @_undo("Write the incident note", recovery=Recovery.PROBE, owner="On-call", expected_s=0.3)

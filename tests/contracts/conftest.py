@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import shutil
 import signal
@@ -41,11 +42,14 @@ def end(process: subprocess.Popen[bytes], *, grace_s: float = 3.0) -> None:
 
 @pytest.fixture(scope="session")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
-    """SeaweedFS with one versioned bucket."""
+    """SeaweedFS with one versioned bucket and a key server."""
     folder = tmp_path_factory.mktemp("objects")
     for name in ("log", "secrets"):
         (folder / name).mkdir()
     server = s3.initialise(folder, free_port)
+    # Keys are made when they are named, and live in the server's memory: here nobody needs them later.
+    key_server = {"default_provider": "here", "providers": {"here": {"type": "local", "enableOnDemandCreate": True}}}
+    server.config.write_text(json.dumps({**json.loads(server.config.read_text()), "kms": key_server}))
     with (folder / "weed.log").open("wb") as log:
         process = subprocess.Popen(server.argv(), stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:

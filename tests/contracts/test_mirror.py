@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from runbook_lib.ports import Stored
 from runbook_lib.run import Run
 from runbook_lib.step import current_attempt
 from tests.unit.conftest import OpenRun, open_run, people  # noqa: F401  # fixtures
+from tests.unit.test_gate import asked_in
 
 if TYPE_CHECKING:
     from tests.contracts.conftest import Bucket
@@ -151,6 +153,18 @@ def test_two_that_attach_at_once_both_have_the_folder(store: S3Store, tmp_path: 
         assert {name: (tmp_path / folder / name).read_text() for name in names} == {name: name for name in names}
 
 
+def test_what_an_executor_here_may_be_writing_is_left_alone(store: S3Store, tmp_path: Path) -> None:
+    """Between two steps it writes too: what its kernel leaves, and the record."""
+    events = [*mirrored(store, {"params.json": b"{}", "a.json": b"a"}), outcome("a.json", b"a")]
+    mirror.fetch(store, events, tmp_path / "run", tmp_path / "scratch")
+    (tmp_path / "run" / "a.json").write_bytes(b"a newer one")
+
+    living = event("lease_taken", {"epoch": 1, "executor": processes.me()}, 3)
+    mirror.fetch(store, [*events, living], tmp_path / "run", tmp_path / "scratch")
+
+    assert (tmp_path / "run" / "a.json").read_bytes() == b"a newer one"
+
+
 def test_a_sealed_record_is_not_written_to(store: S3Store, tmp_path: Path) -> None:
     events = [*mirrored(store, {"params.json": b"{}", "a.json": b"a"}), outcome("a.json", b"a")]
     mirror.fetch(store, events, tmp_path / "run", tmp_path / "scratch")
@@ -160,6 +174,27 @@ def test_a_sealed_record_is_not_written_to(store: S3Store, tmp_path: Path) -> No
     mirror.fetch(store, events, tmp_path / "run", tmp_path / "scratch")
 
     assert (tmp_path / "run" / "a.json").read_bytes() == b"changed"
+
+
+def test_a_folder_that_came_only_half_is_no_run_yet(store: S3Store, tmp_path: Path) -> None:
+    events = mirrored(store, {"params.json": b"{}", "walked.ipynb": b"cells"})
+    key = f"{store.prefix}/runs/{RUN}/{sha256(b'cells')}"
+    store._client.put_object(Bucket=store.bucket, Key=key, Body=b"other")
+
+    with pytest.raises(VerificationError, match="came back as something else"):
+        mirror.fetch(store, events, tmp_path / "run", tmp_path / "scratch")
+
+    assert not (tmp_path / "run" / "params.json").exists()
+
+
+def test_the_newest_list_is_what_counts_also_where_an_older_one_was_read(store: S3Store, tmp_path: Path) -> None:
+    first = mirrored(store, {"params.json": b"{}", "a": b"a"})
+    mirror.fetch(store, first, tmp_path / "run", tmp_path / "scratch")
+    second = mirrored(store, {"params.json": b"{}", "a": b"a newer one"})
+
+    mirror.fetch(store, [*first, *second], tmp_path / "run", tmp_path / "scratch")
+
+    assert (tmp_path / "run" / "a").read_bytes() == b"a newer one"
 
 
 def test_what_later_events_name_comes_along(store: S3Store, tmp_path: Path) -> None:
@@ -195,6 +230,21 @@ def test_a_store_that_lets_nobody_in_stops_no_release(shared: OpenRun, tmp_path:
 
     said = [e.data["text"] for e in run.ledger.events(run.run_id) if e.kind == "note"]
     assert ["the folder was not mirrored" in said[0], "params.json was not mirrored" in said[1]] == [True, True]
+
+
+def test_a_full_disk_here_stops_no_release(shared: OpenRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the step did is done: its outcome is written, and the next push makes up for it."""
+    run = shared()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(mirror, "write_atomically", full)
+
+    mirror.push(run)
+
+    said = [e.data["text"] for e in run.ledger.events(run.run_id) if e.kind == "note"]
+    assert said == ["the folder was not mirrored: [Errno 28] No space left on device"]
 
 
 def test_what_a_step_leaves_is_in_the_store_before_the_ledger_names_it(
@@ -252,6 +302,32 @@ def test_the_machine_that_put_a_folder_needs_no_store_to_go_on(shared: OpenRun, 
     mirror.fetch(nowhere, run.ledger.events(run.run_id), run.folder, run.scratch)
     with pytest.raises(StepFailedError):
         mirror.fetch(nowhere, run.ledger.events(run.run_id), tmp_path / "other", tmp_path / "scratch")
+
+
+def test_what_a_step_beside_is_still_writing_is_not_mirrored(shared: OpenRun, tmp_path: Path) -> None:
+    run = shared()
+    (run.folder / "logs" / "a.b" / "1").mkdir(parents=True)
+    (run.folder / "logs" / "a.b" / "1" / "half.log").write_text("hal")
+    intent = {"step": "a.b", "attempt": 1, "executor": processes.me(), "children": "logs/a.b/1"}
+    run.ledger.append(run.run_id, "step_intent", intent)
+
+    mirror.push(run)
+
+    mirror.fetch(run.services.store, run.ledger.events(run.run_id), tmp_path / "other", tmp_path / "scratch")
+    assert (tmp_path / "other" / "params.json").exists()
+    assert not (tmp_path / "other" / "logs").exists()
+
+
+def test_what_a_gate_asks_about_is_in_the_store_before_the_ledger_names_it(shared: OpenRun, tmp_path: Path) -> None:
+    """Whoever opens a round may hold no lease, and push nothing: another machine has the evidence all the same."""
+    run = shared()
+    mirror.push(run)
+
+    asked_in(run)
+
+    mirror.fetch(run.services.store, run.ledger.events(run.run_id), tmp_path / "other", tmp_path / "scratch")
+    evidence = "artifacts/gates/backup-1.json"
+    assert (tmp_path / "other" / evidence).read_bytes() == (run.folder / evidence).read_bytes()
 
 
 def test_nothing_goes_forward_on_a_file_that_is_nowhere(shared: OpenRun) -> None:

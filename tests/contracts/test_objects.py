@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from runbook_lib.adapters import objects
+from runbook_lib.adapters import objects, uploads
 from runbook_lib.adapters.objects import S3Store
 from runbook_lib.errors import DeniedError, StepFailedError, UnavailableError, UsageError
 from tests.soak.proxies import Proxy
@@ -47,6 +47,12 @@ def _file(folder: Path, content: bytes) -> tuple[Path, str]:
 def _versions(store: S3Store) -> list[Any]:
     said = store._client.list_object_versions(Bucket=store.bucket, Prefix=f"{store.prefix}/")
     return list(said.get("Versions", []))
+
+
+def _half(store: S3Store) -> list[Any]:
+    """Uploads that are no object yet."""
+    said = store._client.list_multipart_uploads(Bucket=store.bucket, Prefix=f"{store.prefix}/")
+    return list(said.get("Uploads", []))
 
 
 def test_put_find_and_read_back(store: S3Store, tmp_path: Path) -> None:
@@ -160,7 +166,7 @@ def test_parts_of_a_killed_upload_are_removed(store: S3Store, tmp_path: Path, mo
 _HALF = """
 import sys, time
 from pathlib import Path
-from runbook_lib.adapters import objects
+from runbook_lib.adapters import objects, uploads
 objects._ONE_REQUEST_BYTES, objects._PART_BYTES, objects._PARTS_AT_ONCE = 1 << 20, 5 << 20, 1
 store = objects.S3Store(bucket=sys.argv[1], prefix=sys.argv[2], endpoint=sys.argv[3], credentials_file=sys.argv[4])
 objects.S3Store._count = lambda self, size: (print("sent", flush=True), time.sleep(600))
@@ -172,15 +178,12 @@ def test_what_a_killed_process_sent_is_removed_by_the_next_one(store: S3Store, t
     path, digest = _file(tmp_path, b"y" * (12 << 20))
     prefix = f"{store.prefix}/"
 
-    def uploads() -> list[Any]:
-        return list(store._client.list_multipart_uploads(Bucket=store.bucket, Prefix=prefix).get("Uploads", []))
-
     words = (store.bucket, store.prefix, str(store.endpoint), str(store.credentials_file), str(path), digest)
     with subprocess.Popen((sys.executable, "-c", _HALF, *words), stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "sent\n"
         child.kill()
-    (left,) = uploads()
+    (left,) = _half(store)
     assert store.find("big") is None
 
     with pytest.MonkeyPatch.context() as patch:
@@ -189,7 +192,7 @@ def test_what_a_killed_process_sent_is_removed_by_the_next_one(store: S3Store, t
 
     assert left["Key"] == f"{prefix}big"
     assert stored.sha256 == digest
-    assert uploads() == []
+    assert _half(store) == []
 
 
 def test_parts_of_a_failed_upload_are_removed_at_once(
@@ -200,10 +203,10 @@ def test_parts_of_a_failed_upload_are_removed_at_once(
     path, digest = _file(tmp_path, b"y" * (22 << 20))
     sent = store._put_part
 
-    def third_is_lost(path: Path, name: str, upload: str, number: int, start: int, size: int) -> Any:
-        if number == 3:
+    def third_is_lost(path: Path, parts: uploads.Multipart, upload: str, part: uploads.Range, known: Any) -> Any:
+        if part[0] == 3:
             raise ConnectionResetError("lost in part 3")
-        return sent(path, name, upload, number, start, size)
+        return sent(path, parts, upload, part, known)
 
     with monkeypatch.context() as patch, pytest.raises(ConnectionResetError):
         patch.setattr(S3Store, "_put_part", lambda _self, *words: third_is_lost(*words))

@@ -17,7 +17,7 @@ from runbook_lib.adapters import processes
 from runbook_lib.adapters.git import FREEZE_FILE
 from runbook_lib.errors import StepFailedError
 from runbook_lib.model import Event, StepResult
-from runbook_lib.phases import complete, prepare, review
+from runbook_lib.phases import complete, prepare, review, rollback
 from runbook_lib.run import Run
 from tests.phases.conftest_backup import Opened, opened, twin  # noqa: F401  # fixtures
 
@@ -160,6 +160,45 @@ def test_merges_are_called_open_only_when_they_are(running: Opened, freeze: str,
     finally:
         file.write_text(mine)
         run.services.repository.lift_freeze(run.run_id)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "fact", "said"),
+    [
+        ('{"run_id": "20260', "undelivered", "cannot be read"),
+        ('{"run_id": "another-run"}', "merges", "still frozen by run another-run"),
+        (None, "merges", "open"),
+    ],
+)
+def test_after_going_back_too_merges_are_called_open_only_when_they_are(
+    running: Opened, freeze: str | None, fact: str, said: str
+) -> None:
+    run = running.run
+    run.ledger.append(run.run_id, "rollback_requested", {"reason": "test"})
+    file = Path(run.params.repository.url) / FREEZE_FILE
+    if freeze is not None:
+        file.write_text(freeze)
+
+    result = rollback.lift_freeze(run)
+
+    assert said in result.facts[fact]
+    assert file.exists() is (freeze is not None)
+
+
+def test_a_freeze_that_going_back_could_not_lift_is_lifted_by_the_review(running: Opened) -> None:
+    run = running.run
+    run.ledger.append(run.run_id, "rollback_requested", {"reason": "test"})
+    file = Path(run.params.repository.url) / FREEZE_FILE
+    mine = file.read_text()
+    file.write_text(mine[:9])
+    assert "undelivered" in rollback.lift_freeze(run).facts
+    file.write_text(mine)
+    run.ledger.append(run.run_id, "run_ended", {"state": "rolled_back"})
+
+    again = review.deliver_left_over(run)
+
+    assert again.facts == {"rollback.lift_freeze": "delivered now"}
+    assert not file.exists()
 
 
 def test_a_changelog_that_is_refused_does_not_fail_the_release(running: Opened) -> None:

@@ -247,7 +247,7 @@ def test_a_host_where_a_module_still_runs_is_waited_for_and_named(
         ) as module:
             assert module.stdout is not None
             assert module.stdout.readline() == "in\n"
-            with pytest.raises(StepInDoubtError, match=f"still at work here: {locked.run_id}, pid {module.pid}"):
+            with pytest.raises(PausedError, match=f"still at work here: {locked.run_id}, pid {module.pid}"):
                 fence.raise_on(locked, "app-01")
             module.kill()
         fence.raise_on(locked, "app-01")

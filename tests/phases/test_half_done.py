@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +14,14 @@ import pytest
 
 from runbook_lib.adapters import catalogue
 from runbook_lib.commands import migrations
-from runbook_lib.errors import StepFailedError, StepInDoubtError
+from runbook_lib.errors import PausedError, StepFailedError, StepInDoubtError
 from runbook_lib.migration import applied_versions
-from runbook_lib.model import Status
-from runbook_lib.phases import migrate, rollback
+from runbook_lib.model import Status, StepResult
+from runbook_lib.phases import deploy, migrate, rollback
 from runbook_lib.run import Run
-from tests.phases.conftest_backup import Opened, opened, twin  # noqa: F401  # fixtures
+from tests.phases.conftest_backup import PROJECT, Opened, opened, twin  # noqa: F401  # fixtures
+from tests.project import alive, wait_until
+from tests.unit.test_in_doubt import left_in_the_middle
 
 Open = Callable[..., Opened]
 STEP = "migrate.migrate_production"
@@ -55,6 +61,13 @@ def half(half_done: HalfDone, twin: dict[str, Any]) -> Iterator[Run]:  # noqa: F
     yield run
     with admin(run) as session:
         session.execute("ALTER TABLE orders DROP COLUMN IF EXISTS half")
+
+
+def sleeping(run: Run) -> list[Any]:
+    with admin(run) as session:
+        return session.execute(
+            "SELECT 1 FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(60)' AND state = 'active'"
+        ).fetchall()
 
 
 def admin(run: Run) -> Any:
@@ -161,3 +174,126 @@ def test_every_kind_of_object_that_comes_goes_or_changes_is_named(half: Run) -> 
             ]
         finally:
             session.execute("DROP SCHEMA kinds CASCADE")
+
+
+@pytest.mark.parametrize("way_back", [False, True])
+def test_a_migration_that_still_runs_in_the_server_is_waited_for_and_settled_by_nobody(
+    opened: Open,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    way_back: bool,
+) -> None:
+    run, begun = opened().run, list[str]()
+    run.ledger.take_lock(run.run_id, "rehearsal")
+    monkeypatch.setattr(migrate.migrate_production, "action", lambda _run: begun.append("again") or StepResult())
+    left_in_the_middle(run, migrate.migrate_production)
+    d = run.params.database
+
+    def again() -> None:
+        if way_back:
+            rollback.let_interrupted_end(run)
+        else:
+            migrate.migrate_production(run)
+
+    # Not one of the run's sessions, which would be ended: a colleague's, or one that lost its name.
+    with run.services.database.connect(d.migrate_role, d.production, application="a colleague") as session:
+        with ThreadPoolExecutor(1) as pool:
+            at_work = pool.submit(session.execute, "SELECT pg_sleep(60)")
+            try:
+                wait_until(lambda: sleeping(run), "the session at work", 20)
+                with pytest.raises(PausedError, match="migration role is still at work in prod_db") as caught:
+                    again()
+                assert not isinstance(caught.value, StepInDoubtError)
+                assert (run.state.step(STEP).status, begun) == (Status.RUNNING, [])
+            finally:
+                session.cancel_safe()
+            assert at_work.exception() is not None
+
+    again()
+    assert begun == ([] if way_back else ["again"])
+
+
+def test_what_staging_had_before_is_not_guessed_from_an_intent_that_does_not_say(opened: Open) -> None:  # noqa: F811
+    run = opened("running").run
+    run.ledger.take_lock(run.run_id, "rehearsal")
+    left_in_the_middle(run, migrate.rehearse_on_staging)  # as the version before wrote it: it says nothing of before
+
+    found = migrate.rehearse_on_staging(run)
+
+    assert found.facts["applied now"] == "not recorded"
+    assert found.facts["staging has"] == applied_versions(run, run.params.database.staging)
+
+
+# A team's playbook: it waits before the restart while `hold` is there, fails behind it while `fail` is, and has
+# something to do there.
+_HOLD = """\
+    - name: Wait
+      ansible.builtin.shell: {cmd: "while [ -e FOLDER/hold ]; do touch FOLDER/held; sleep 0.05; done"}
+
+    - name: Ask the running process which commit it serves
+"""
+_BEHIND = """
+    - name: What a team does behind the restart
+      ansible.builtin.shell: {cmd: "test ! -e FOLDER/fail && echo {{ git_ref }} >> FOLDER/behind"}
+"""
+
+
+@pytest.fixture
+def playbooks(tmp_path: Path) -> Path:
+    """A folder with playbooks of a team's own."""
+    folder = shutil.copytree(PROJECT / "rehearsal" / "playbooks", tmp_path / "playbooks")
+    play = folder / "deploy_release.yml"
+    before, ask, after = play.read_text().partition("    - name: Ask the running process which commit it serves\n")
+    assert ask
+    play.write_text((before + _HOLD + after + _BEHIND).replace("FOLDER", str(folder)))
+    return folder
+
+
+def lies_there(twin: dict[str, Any]) -> set[str]:  # noqa: F811
+    """The releases that the hosts' next start would take."""
+    return {Path(os.readlink(Path(host["home"]) / "current")).name for host in twin["hosts"].values()}
+
+
+def test_a_host_that_was_switched_and_not_restarted_is_switched_back(
+    opened: Open,  # noqa: F811
+    twin: dict[str, Any],  # noqa: F811
+    playbooks: Path,
+) -> None:
+    one = opened(deploy__playbooks=str(playbooks))
+    run, previous = one.run, one.run.release.previous_commit
+    run.ledger.take_lock(run.run_id, "rehearsal")
+    hold = playbooks / "hold"
+    hold.touch()
+    one.kill_when("deploy.deploy_release", (playbooks / "held").exists)
+    for pid in alive(str(playbooks)):
+        os.kill(pid, signal.SIGKILL)
+    hold.unlink()
+    assert deploy.serving(run, "app-01") == previous
+    assert lies_there(twin) == {previous, run.release.commit}
+    run.ledger.append(run.run_id, "rollback_requested", {"reason": "killed"})
+
+    assert rollback.restore_code(run).facts == {"app-01": previous}
+
+    assert lies_there(twin) == {previous}
+
+
+def test_a_deployment_whose_playbook_failed_behind_the_restart_is_done_to_its_end(
+    opened: Open,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    playbooks: Path,
+) -> None:
+    monkeypatch.setattr(deploy.deploy_release, "each", lambda _run: ("app-01",))
+    run = opened(deploy__playbooks=str(playbooks)).run
+    run.ledger.take_lock(run.run_id, "rehearsal")
+    fail = playbooks / "fail"
+    fail.touch()
+    with pytest.raises(StepFailedError, match="deploy-app-01"):
+        deploy.deploy_release(run)
+    assert deploy.serving(run, "app-01") == run.release.commit
+    fail.unlink()
+
+    deploy.deploy_release(run)
+
+    assert (playbooks / "behind").read_text() == f"{run.release.commit}\n"
+    assert run.state.step("deploy.deploy_release@app-01").settled_by == ""
+    run.ledger.append(run.run_id, "rollback_requested", {"reason": "the twin is other tests' too"})
+    rollback.restore_code(run)

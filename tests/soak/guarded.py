@@ -37,7 +37,12 @@ _SIGNATURES, _CANONICAL, _BACKUP = (
 )
 _CLOCK, _DUMPS, _OFF_SITE = (f"runbook_lib/{name}.py" for name in ("clock", "dumps", "off_site"))
 _RESTORE, _FILES, _MIRROR = "runbook_lib/restore.py", "runbook_lib/backup_files.py", "runbook_lib/mirror.py"
-_OBJECTS, _SHELL, _PROCESSES = (f"runbook_lib/adapters/{name}.py" for name in ("objects", "shell", "processes"))
+_OBJECTS, _UPLOADS, _SHELL, _PROCESSES = (
+    f"runbook_lib/adapters/{name}.py" for name in ("objects", "uploads", "shell", "processes")
+)
+_EXECUTOR, _FSCK, _TESTIMONY, _MIGRATION, _MIGRATE = (
+    f"runbook_lib/{name}.py" for name in ("executor", "fsck", "testimony", "migration", "phases/migrate")
+)
 _SEAL, _VERIFY, _VERIFY_DECISIONS = (
     f"runbook_lib/{name}.py" for name in ("archive", "verification", "verify_decisions")
 )
@@ -47,23 +52,70 @@ _T_DURABLE, _T_PROCESSES, _T_ARCHIVE = (
     f"tests/unit/test_{name}.py::test_" for name in ("durable", "processes", "archive")
 )
 _T_SIGNATURES, _T_HOST_FENCE = (f"tests/unit/test_{name}.py::test_" for name in ("signatures", "host_fence"))
-_T_OBJECTS, _T_MIRROR = (f"tests/contracts/test_{name}.py::test_" for name in ("objects", "mirror"))
-_T_BACKUP, _T_FENCE, _T_OPENING, _T_HALF_DONE = (
-    f"tests/phases/test_{name}.py::test_" for name in ("backup", "fence", "opening", "half_done")
+_T_FSCK, _T_TESTIMONY, _T_MACHINES = (
+    f"tests/unit/test_{name}.py::test_" for name in ("fsck", "testimony", "two_machines")
+)
+_T_OBJECTS, _T_UPLOADS, _T_MIRROR = (
+    f"tests/contracts/test_{name}.py::test_" for name in ("objects", "uploads", "mirror")
+)
+_T_BACKUP, _T_FENCE, _T_OPENING, _T_HALF_DONE, _T_MIGRATE = (
+    f"tests/phases/test_{name}.py::test_" for name in ("backup", "fence", "opening", "half_done", "migrate")
 )
 
 _STEPS = (
+    Guard(
+        "an interrupt leaves nothing at work without a lease",
+        _STEP,
+        "            for future in begun:\n                future.cancel()\n            wait(begun)\n",
+        "            pass\n",
+        tuple(f"{_T_STEP}an_interrupt_leaves_nothing_at_work_without_a_lease[{times}]" for times in (1, 3)),
+    ),
+    Guard(
+        "what this very process is at is not left over",
+        _STEP,
+        "if (run.run_id, key) in _here:",
+        "if False:",
+        (f"{_T_STEP}what_another_thread_of_this_process_does_is_not_taken_for_left_over",),
+    ),
+    Guard(
+        "an outcome is an executor's",
+        _STEP,
+        "        fence.epoch(run)\n        run.ledger.append(run.run_id, kind, data, guard=still_running)",
+        "        run.ledger.append(run.run_id, kind, data, guard=still_running)",
+        (f"{_T_STEP}an_outcome_is_not_written_by_who_has_no_lease",),
+    ),
+    Guard(
+        "a run is not ended over a command that goes on",
+        "runbook_lib/phases/rollback.py",
+        'for name, group in processes.children(run.folder / now.intent["children"]):',
+        "for name, group in ():",
+        ("tests/unit/test_abort.py::test_a_command_that_goes_on_is_named_and_the_environment_is_not_free",),
+    ),
+    Guard(
+        "a run is not ended over what another machine may still do",
+        "runbook_lib/phases/rollback.py",
+        "        lease.refuse_at_work(run, key, now.intent, now.intent_time)\n        for name, group",
+        "        for name, group",
+        ("tests/unit/test_abort.py::test_what_another_machine_may_still_do_is_not_ended_from_here",),
+    ),
+    Guard(
+        "a signature without its statement does not spoil the record",
+        _SEAL,
+        "if path.is_file() and (alone or _LEFT_OVER.fullmatch(path.name)):",
+        "if path.is_file() and _LEFT_OVER.fullmatch(path.name):",
+        ("tests/unit/test_abort.py::test_a_signature_whose_statement_was_never_written_does_not_spoil_the_record",),
+    ),
     Guard(
         "the intent is committed before the effect",
         _STEP,
         """\
         self._begin(run, key, intent)
-        with _attempting(Attempt(key, number, folder)):
+        with _attempting(Attempt(key, number, folder)), _at_work_here(run, key):
             try:
                 result = self.action(*arguments)
 """,
         """\
-        with _attempting(Attempt(key, number, folder)):
+        with _attempting(Attempt(key, number, folder)), _at_work_here(run, key):
             try:
                 result = self.action(*arguments)
                 self._begin(run, key, intent)
@@ -111,8 +163,8 @@ _STEPS = (
     Guard(
         "what changed meanwhile is seen inside the transaction that writes the intent",
         _STEP,
-        "            self._refuse_out_of_order(run, state)\n            if self.phase",
-        "            if self.phase",
+        "                self._refuse_out_of_order(run, state)\n            if self.phase",
+        "                pass\n            if self.phase",
         (f"{_T_STEP}what_changed_while_a_step_got_ready_is_seen_before_its_intent",),
     ),
     Guard(
@@ -193,11 +245,82 @@ _STEPS = (
         (f"{_T_STEP}a_probe_that_breaks_tells_nothing[KeyError('facts')]",),
     ),
     Guard(
+        "a killed attempt that its probe finds red waits for a person",
+        _STEP,
+        """\
+        except StepFailedError as error:
+            raise self._block(run, key, known, _cannot_tell(run, error)) from error
+""",
+        """\
+        except StepFailedError:
+            found = None
+""",
+        (f"{_T_STEP}a_probe_that_breaks_tells_nothing[StepFailedError('red')]",),
+    ),
+    Guard(
+        "what a failed attempt left at work has ended before the probe looks",
+        _STEP,
+        "            return None\n        self._let_left_over_end(run, key, known)\n        again = {",
+        "            return None\n        again = {",
+        (f"{_T_STEP}a_session_that_outlived_its_executor_has_ended_before_the_probe_looks[failed]",),
+    ),
+    Guard(
+        "of several hosts none goes on before each that failed was looked at",
+        _STEP,
+        "if known.status is Status.FAILED and (found := self._look_again(run, item, self.key(item), known)):",
+        "if found := None:",
+        (f"{_T_STEP}items_that_failed_are_looked_at_before_any_goes_on",),
+    ),
+    Guard(
+        "nothing but the review starts after the end",
+        _STEP,
+        'if state.ended and self.phase != "review":',
+        "if False:",
+        (
+            f"{_T_STEP}after_the_end_a_green_step_is_still_shown_and_no_other_one_starts",
+            f"{_T_STEP}what_changed_while_a_step_got_ready_is_seen_before_its_intent",
+        ),
+    ),
+    Guard(
+        "a step that another machine left in the middle is not taken for left",
+        _LEASE,
+        "if not processes.is_here(executor):",
+        "if False:",
+        (f"{_T_FENCE}a_step_that_another_machine_left_in_the_middle_is_taken_over_though_its_lease_was_given_back",),
+    ),
+    Guard(
         "the way back does not pass over a migration that may be half done",
         "runbook_lib/phases/rollback.py",
         "        migrate.migrate_production.settle_left_over(run)",
         "        pass",
         (f"{_T_HALF_DONE}the_way_back_does_not_pass_over_a_migration_that_may_be_half_done",),
+    ),
+    Guard(
+        "going back runs the playbook at every touched host, whatever its process serves",
+        "runbook_lib/phases/rollback.py",
+        "    for host in touched_hosts(run):\n        done[host]",
+        "    for host in touched_hosts(run):\n"
+        "        if deploy.serving(run, host) == run.release.previous_commit:\n"
+        "            done[host] = run.release.previous_commit\n"
+        "            continue\n"
+        "        done[host]",
+        (f"{_T_HALF_DONE}a_host_that_was_switched_and_not_restarted_is_switched_back",),
+    ),
+    Guard(
+        "a deployment is taken for done only when its playbook ended well",
+        "runbook_lib/phases/deploy.py",
+        'if not ended.is_file() or ended.read_text().strip() != "0":',
+        "if False:",
+        (f"{_T_HALF_DONE}a_deployment_whose_playbook_failed_behind_the_restart_is_done_to_its_end",),
+    ),
+    Guard(
+        "what still runs on a host is waited for, and no person says what became of it",
+        _FENCE,
+        'raise PausedError(f"{host}: {done.tail(1)}"',
+        'from runbook_lib.errors import StepInDoubtError; raise StepInDoubtError(f"{host}: {done.tail(1)}"',
+        (
+            "tests/unit/test_in_doubt.py::test_a_host_on_which_something_still_runs_is_asked_again_and_not_settled_by_a_person",
+        ),
     ),
     Guard(
         "a schema is called as before when its objects are",
@@ -226,6 +349,80 @@ _STEPS = (
         '"error": run.secrets.redacted(said)[:4000],',
         '"error": said[:4000],',
         (f"{_T_STEP}a_secret_in_an_error_does_not_come_into_the_ledger",),
+    ),
+    Guard(
+        "secrets are redacted in what a broken probe says",
+        _STEP,
+        "{run.secrets.redacted(' '.join(said.split()))[:1000]}",
+        "{' '.join(said.split())[:1000]}",
+        (f"{_T_STEP}a_secret_in_a_probes_error_does_not_come_into_the_ledger",),
+    ),
+)
+
+_TOLD = f"{_T_FSCK}what_cannot_have_happened_is_named"
+_SETTLES = f"{_T_TESTIMONY}nobody_settles_a_step_in_anothers_name"
+_IN_DOUBT = (
+    Guard(
+        "a step in doubt is settled by who decides after it, and never by who opened the run",
+        _TESTIMONY,
+        "    _may_settle(run, step, person)\n",
+        "",
+        (
+            f"{_SETTLES}[dan-dan-dan holds dba; prepare.freeze_merges is settled by deploy_lead]",
+            f"{_SETTLES}[lea-lea-lea opened this run]",
+        ),
+    ),
+    Guard(
+        "who opened the run is not asked to settle its steps",
+        "runbook_lib/params.py",
+        "if roles & set(person.roles) and name != opener)",
+        "if roles & set(person.roles))",
+        (f"{_SETTLES}[lea-lea-lea opened this run]",),
+    ),
+    Guard(
+        "a settlement is signed by its person",
+        _TESTIMONY,
+        "    decisions.check_signature(run, data, signature, person=person)\n    name =",
+        "    name =",
+        (f"{_SETTLES}[ada-bea-the signature is not ada's]",),
+    ),
+    Guard(
+        "nothing is settled after the end",
+        _TESTIMONY,
+        "        _refuse_ended(state)\n",
+        "",
+        (f"{_T_TESTIMONY}a_run_that_ends_while_somebody_signs_takes_no_settlement",),
+    ),
+    Guard(
+        "nobody signs for what later steps read",
+        _TESTIMONY,
+        'if done and (step.startswith("backup.") or step == "migrate.record_schema"):',
+        "if False:",
+        tuple(
+            f"{_T_TESTIMONY}what_later_steps_read_is_made_again_and_not_signed_for[{step}]"
+            for step in ("backup.dump_database", "backup.archive_files@app-01", "migrate.record_schema")
+        ),
+    ),
+    Guard(
+        "of two settlements the first one counts",
+        _TESTIMONY,
+        "if state.step(step).status is not Status.BLOCKED or state.step(step).attempt != now.attempt:",
+        "if False:",
+        (f"{_T_TESTIMONY}of_two_who_settle_a_step_at_once_the_first_one_counts",),
+    ),
+    Guard(
+        "a spot check is signed by its person",
+        _TESTIMONY,
+        "    decisions.check_signature(run, data, signature, person=person)\n    recorded: dict",
+        "    recorded: dict",
+        ("tests/unit/test_panel.py::test_a_check_is_signed_like_a_gate[another's key]",),
+    ),
+    Guard(
+        "who records a spot check has the role",
+        _TESTIMONY,
+        "if not set(who.roles) & set(run.params.gates.release.roles):",
+        "if False:",
+        ("tests/unit/test_panel.py::test_a_check_is_signed_like_a_gate[without the role]",),
     ),
 )
 
@@ -268,8 +465,8 @@ _DURABLE = (
     Guard(
         "an archive of files is on disk before it gets its name",
         _BACKUP,
-        "        on_disk.sync(part)\n        sent =",
-        "        sent =",
+        "            on_disk.sync(part)\n            sent =",
+        "            sent =",
         (f"{_T_BACKUP}a_backup_is_on_disk_before_it_gets_its_name",),
     ),
     Guard(
@@ -551,6 +748,7 @@ _EXECUTORS = (
     ),
 )
 
+_GONE = f"{_T_PROCESSES}a_process_is_only_taken_for_gone_where_this_machine_can_tell"
 _COMMANDS = (
     Guard(
         "a command's exit status counts",
@@ -586,6 +784,44 @@ _COMMANDS = (
         'return here and start_time(int(process["pid"])) == int(process["start"])',
         'return here and start_time(int(process["pid"])) is not None',
         (f"{_T_PROCESSES}a_reused_pid_is_not_taken_for_the_old_process",),
+    ),
+    Guard(
+        "a pid and a start time of an earlier boot are not taken for a living process",
+        _PROCESSES,
+        'here = is_here(process) and process["boot"] == boot_id()',
+        "here = is_here(process)",
+        (f"{_T_PROCESSES}a_process_of_an_earlier_boot_is_gone_though_its_pid_and_start_came_again",),
+    ),
+    Guard(
+        "a process on another machine of the same name is not called gone",
+        _PROCESSES,
+        """if process["host"] != here["host"] or process.get("machine", here["machine"]) != here["machine"]:""",
+        """if process["host"] != here["host"]:""",
+        (f"{_GONE}[of another machine]",),
+    ),
+    Guard(
+        "a process outside of this container is not called gone",
+        _PROCESSES,
+        'return bool(pids == here["pids"])',
+        "return True",
+        (f"{_GONE}[outside of this container]",),
+    ),
+    Guard(
+        "a process of an earlier boot is called gone only where a machine is known by its id",
+        _PROCESSES,
+        """return bool(here["machine"]) and pids == here["pids"] == _INITIAL_PIDS""",
+        "return True",
+        tuple(
+            f"{_GONE}[{what}]"
+            for what in ("of a twin of the same name", "of a container that is gone", "of another container")
+        ),
+    ),
+    Guard(
+        "a command whose wrapper was killed alone is waited for",
+        _PROCESSES,
+        "            _wait_group(pid, deadline, record)\n",
+        "            pass\n",
+        (f"{_T_PROCESSES}a_command_whose_wrapper_was_killed_alone_is_waited_for",),
     ),
 )
 
@@ -748,6 +984,211 @@ _GATES = (
     ),
 )
 
+_CARRIED = f"{_T_MACHINES}a_ledger_that_carries_another_statement_than_it_names_writes_nothing"
+_MACHINES = (
+    Guard(
+        "what a step leaves is in the store before the ledger names it",
+        _STEP,
+        """\
+        mirror.push(run, ended=key)
+        self._write(run, "step_outcome", data)
+""",
+        """\
+        self._write(run, "step_outcome", data)
+        mirror.push(run, ended=key)
+""",
+        (f"{_T_MIRROR}what_a_step_leaves_is_in_the_store_before_the_ledger_names_it",),
+    ),
+    Guard(
+        "what a gate asks about is in the store, whoever opened its round",
+        _GATE,
+        "    mirror.put(run, run.folder / artifact.path)\n",
+        "",
+        (f"{_T_MIRROR}what_a_gate_asks_about_is_in_the_store_before_the_ledger_names_it",),
+    ),
+    Guard(
+        "what a step beside is still writing is not mirrored",
+        _MIRROR,
+        "if name.startswith(writing) or path.name",
+        "if path.name",
+        (f"{_T_MIRROR}what_a_step_beside_is_still_writing_is_not_mirrored",),
+    ),
+    Guard(
+        "nothing goes forward on a file that is nowhere",
+        _EXECUTOR,
+        "    mirror.refuse_missing(run)\n",
+        "",
+        (f"{_T_MIRROR}nothing_goes_forward_on_a_file_that_is_nowhere",),
+    ),
+    Guard(
+        "a file that was changed here comes back as the ledger names it",
+        _MIRROR,
+        "if there and sha256_file(target) == wanted:",
+        "if there:",
+        (f"{_T_MIRROR}a_file_that_is_gone_or_was_changed_here_comes_back",),
+    ),
+    Guard(
+        "what a step is writing here is not written over by its older copy",
+        _MIRROR,
+        "return running or executing or",
+        "return executing or",
+        (f"{_T_MIRROR}what_a_step_is_writing_here_is_left_alone",),
+    ),
+    Guard(
+        "what a living executor is writing here is not written over by its older copy",
+        _MIRROR,
+        "return running or executing or",
+        "return running or",
+        (f"{_T_MIRROR}what_an_executor_here_may_be_writing_is_left_alone",),
+    ),
+    Guard(
+        "a sealed record is not written over by its copy",
+        _MIRROR,
+        'running or executing or (folder / "statement.json.sig").exists()',
+        "running or executing",
+        (f"{_T_MIRROR}a_sealed_record_is_not_written_to",),
+    ),
+    Guard(
+        "a run's folder that came only half is no run yet",
+        _MIRROR,
+        'key=lambda item: item[0] == "params.json"',
+        "key=lambda item: item[0]",
+        (f"{_T_MIRROR}a_folder_that_came_only_half_is_no_run_yet",),
+    ),
+    Guard(
+        "an older list of a run's files is not taken for the newest",
+        _MIRROR,
+        "if sha256(content) == listed:",
+        "if True:",
+        (f"{_T_MIRROR}the_newest_list_is_what_counts_also_where_an_older_one_was_read",),
+    ),
+    Guard(
+        "a statement that comes with the ledger is what the ledger names",
+        _DECISIONS,
+        'if sha256(content) != digest or path.parent != run.folder / "decisions":',
+        'if path.parent != run.folder / "decisions":',
+        (f"{_CARRIED}[the statement]", f"{_CARRIED}[the signature]"),
+    ),
+    Guard(
+        "a statement that comes with the ledger lands among the decisions and nowhere else",
+        _DECISIONS,
+        'if sha256(content) != digest or path.parent != run.folder / "decisions":',
+        "if sha256(content) != digest:",
+        (f"{_CARRIED}[where it stands]",),
+    ),
+    Guard(
+        "a statement that was changed here is not covered up by what comes with the ledger",
+        _DECISIONS,
+        "if not file.exists():",
+        "if True:",
+        (f"{_T_MACHINES}a_statement_that_was_changed_here_is_not_taken_from_the_ledger",),
+    ),
+    Guard(
+        "no statement is written into a sealed record",
+        _DECISIONS,
+        'if "statement_json" not in recorded or (run.folder / "statement.json.sig").exists():',
+        'if "statement_json" not in recorded:',
+        (f"{_T_MACHINES}a_sealed_record_gets_no_statement_any_more",),
+    ),
+)
+
+_MIGRATIONS = (
+    Guard(
+        "a migration outside a transaction that was ended in the middle is not begun again",
+        _MIGRATE,
+        "if not migrations.transactional(files[pending[0]]):",
+        "if False:",
+        (
+            f"{_T_HALF_DONE}a_migration_that_its_time_out_ended_half_done_is_not_begun_again",
+            f"{_T_HALF_DONE}a_rehearsal_on_staging_that_its_time_out_ended_half_done_is_not_begun_again",
+        ),
+    ),
+    Guard(
+        "a rehearsal that may be half done on staging is not begun again",
+        _MIGRATE,
+        'if _refuse_half_done(run, staging, intent, "staging-migrate"):',
+        "if migration.pending_versions(run, staging):",
+        (f"{_T_HALF_DONE}a_rehearsal_on_staging_that_its_time_out_ended_half_done_is_not_begun_again",),
+    ),
+    Guard(
+        "a migration that another machine left may have begun there",
+        _MIGRATE,
+        'begun = not processes.is_here(intent["executor"]) or any(',
+        "begun = any(",
+        (f"{_T_FENCE}a_migration_outside_a_transaction_that_another_machine_left_is_not_begun_again",),
+    ),
+    Guard(
+        "a migration outside a transaction is known by its file",
+        "runbook_lib/commands/migrations.py",
+        r'return len(ups) == 1 and re.search(r"\btransaction:\s*false\b", ups[0].partition("\n")[0]) is None',
+        "return True",
+        ("tests/unit/test_commands_migrations.py::test_a_migration_outside_a_transaction_is_known",),
+    ),
+    Guard(
+        "a migration that may still be at work in the server is waited for",
+        _MIGRATE,
+        "    migration.refuse_while_migrating(run, database)\n",
+        "",
+        (f"{_T_MIGRATE}a_session_of_the_migration_role_that_is_still_at_work_leaves_a_killed_migration_in_doubt",),
+    ),
+    Guard(
+        "only what was rehearsed goes to production",
+        _MIGRATE,
+        "    if not_rehearsed:\n",
+        "    if False:\n",
+        (f"{_T_MIGRATE}a_migration_that_was_not_rehearsed_does_not_go_to_production",),
+    ),
+    Guard(
+        "a migration in production that the release does not know stops it",
+        _MIGRATE,
+        "    if unknown:\n",
+        "    if False:\n",
+        (f"{_T_MIGRATE}a_migration_in_production_that_the_release_does_not_know_stops_it",),
+    ),
+    Guard(
+        "a migration that could not be taken back from under a newer one stops it",
+        _MIGRATE,
+        'if under and run.params.migrations.tool == "dbmate":',
+        "if False:",
+        (f"{_T_MIGRATE}a_migration_that_would_land_under_a_newer_one_could_not_be_undone_and_stops_it",),
+    ),
+    Guard(
+        "a long transaction stops the migration",
+        _MIGRATE,
+        "    if found:\n",
+        "    if False:\n",
+        (f"{_T_MIGRATE}a_long_transaction_stops_the_migration",),
+    ),
+    Guard(
+        "a schema that is not the release's is no success",
+        _MIGRATE,
+        "if now != expected:",
+        "if False:",
+        (f"{_T_MIGRATE}a_schema_that_is_not_the_releases_is_named",),
+    ),
+    Guard(
+        "who still waits for a lock after the migration is seen",
+        _MIGRATE,
+        "    if blocked:\n",
+        "    if False:\n",
+        (f"{_T_MIGRATE}who_still_waits_for_a_lock_after_the_migration_is_named",),
+    ),
+    Guard(
+        "the way back undoes nothing under a migration of somebody else",
+        _MIGRATION,
+        'if path is None or (m.tool == "dbmate" and newest != version):',
+        "if path is None:",
+        (f"{_T_MIGRATE}the_way_back_undoes_nothing_under_a_migration_of_somebody_else",),
+    ),
+    Guard(
+        "a migration that does not say how it is undone is left to a person",
+        _MIGRATION,
+        "if not migrations.reversible(path):",
+        "if False:",
+        (f"{_T_MIGRATE}a_migration_that_does_not_say_how_it_is_undone_is_left_to_a_person",),
+    ),
+)
+
 _BACKUPS = (
     Guard(
         "a restore into a scratch database is compared with the source's inventory",
@@ -835,10 +1276,38 @@ _BACKUPS = (
     ),
     Guard(
         "the store itself refuses a key that is taken, for a copy in parts",
-        _OBJECTS,
-        'MultipartUpload={"Parts": parts}, IfNoneMatch="*"',
-        'MultipartUpload={"Parts": parts}',
+        _UPLOADS,
+        '            IfNoneMatch="*",\n',
+        "",
         (f"{_T_OBJECTS}of_two_that_put_at_once_the_store_takes_one[False]",),
+    ),
+    Guard(
+        "what was sent ahead counts while the file still holds just that",
+        _UPLOADS,
+        "known is not None and known.checksum == checksum",
+        "known is not None",
+        (f"{_T_UPLOADS}a_head_that_is_rewritten_after_it_was_sent_is_sent_again",),
+    ),
+    Guard(
+        "nobody completes an upload that another may still write to",
+        _UPLOADS,
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        (f"{_T_UPLOADS}a_store_that_never_answers_is_not_waited_for_and_its_upload_is_left_to_nobody",),
+    ),
+    Guard(
+        "a copy that does not say what it holds is read before it is taken for done",
+        _OBJECTS,
+        "(stored.sha256 or self.read_back(stored)[0]) == sha256",
+        "stored.sha256 in (None, sha256)",
+        (f"{_T_UPLOADS}other_content_of_the_same_size_is_not_taken_for_it",),
+    ),
+    Guard(
+        "what was sent ahead and is of no use is removed",
+        _OBJECTS,
+        '            self._forget_half_uploads(parts.name, but=begun.upload if begun is not None else "")\n',
+        "",
+        (f"{_T_UPLOADS}without_its_note_or_its_upload_the_whole_file_is_put[nothing, it became small]",),
     ),
     Guard(
         "an off-site copy is read back and compared",
@@ -958,13 +1427,187 @@ _RECORDS = (
     ),
 )
 
+_INVARIANTS = (
+    Guard(
+        "fsck: the chain is unbroken",
+        _FSCK,
+        "    check_chain(events)\n",
+        "",
+        (f"{_T_FSCK}any_changed_field_breaks_the_chain",),
+    ),
+    Guard(
+        "fsck: a step has one live attempt",
+        _FSCK,
+        'if known.last in ("intent", "blocked", "green"):',
+        "if False:",
+        (f"{_TOLD}[a second attempt while the first is open]",),
+    ),
+    Guard(
+        "fsck: an attempt ends once",
+        _FSCK,
+        'if known.last not in open_for or known.number != data["attempt"]:',
+        'if known.number != data["attempt"]:',
+        (f"{_TOLD}[a failed attempt that turned green]",),
+    ),
+    Guard(
+        "fsck: an effect is behind its own intent",
+        _FSCK,
+        'if known.last not in open_for or known.number != data["attempt"]:',
+        "if False:",
+        tuple(
+            f"{_TOLD}[{what}]"
+            for what in ("an outcome without its intent", "an effect that nobody meant", "the end of another attempt")
+        ),
+    ),
+    Guard(
+        "fsck: a doubt is settled by a signed statement",
+        _FSCK,
+        'if known.last == "blocked" and not {"statement", "sha256", "signature_sha256"} <= data.keys():',
+        "if False:",
+        (f"{_TOLD}[a doubt that nobody settled]",),
+    ),
+    Guard(
+        "fsck: a step is green once for the same input",
+        _FSCK,
+        'if known.last == "green" or again:',
+        "if False:",
+        (f"{_TOLD}[green twice]", f"{_TOLD}[green again after a reset]"),
+    ),
+    Guard(
+        "fsck: no step starts without its gate",
+        _FSCK,
+        'if phase in phases and gate not in event.data.get("gates", {}):',
+        "if False:",
+        (f"{_TOLD}[a step without its gate]",),
+    ),
+    Guard(
+        "fsck: no step starts behind a rejection",
+        _FSCK,
+        'if (gate, asked["round"]) in story.rejected:',
+        "if False:",
+        (f"{_TOLD}[a rejection beside the approval]",),
+    ),
+    Guard(
+        "fsck: who opened the run is not in a quorum",
+        _FSCK,
+        "        standing.discard(story.opened_by)\n",
+        "",
+        (f"{_TOLD}[an approval by the opener]",),
+    ),
+    Guard(
+        "fsck: a gate's quorum stands, of this round and of different people",
+        _FSCK,
+        'if len(standing) < max(1, asked["quorum"]):',
+        "if False:",
+        tuple(
+            f"{_TOLD}[{what}]"
+            for what in (
+                "no approval",
+                "one approval of two",
+                "an approval of another round",
+                "two approvals of one person",
+            )
+        ),
+    ),
+    Guard(
+        "fsck: no step starts without the run's lease",
+        _FSCK,
+        'if event.kind == "step_intent" and event.data.get("epoch") == 0:',
+        "if False:",
+        (f"{_TOLD}[a step of nobody]",),
+    ),
+    Guard(
+        "fsck: a stale executor wrote nothing",
+        _FSCK,
+        "if epoch < story.epoch:",
+        "if False:",
+        (f"{_TOLD}[a stale executor wrote]",),
+    ),
+    Guard(
+        "fsck: an epoch was given to somebody",
+        _FSCK,
+        "if epoch > story.epoch and event.kind not in _LEASES:",
+        "if False:",
+        (f"{_TOLD}[an epoch that nobody was given]",),
+    ),
+    Guard(
+        "fsck: an epoch was given once",
+        _FSCK,
+        "if epoch == story.epoch and event.kind in _LEASES:",
+        "if False:",
+        (f"{_TOLD}[an epoch twice]",),
+    ),
+    Guard(
+        "fsck: a completed run left nothing open",
+        _FSCK,
+        """if data["state"] == "completed" and left:""",
+        "if False:",
+        (f"{_TOLD}[complete with a step at work]", f"{_TOLD}[complete with a step in doubt]"),
+    ),
+    Guard(
+        "fsck: nothing begins after the end",
+        _FSCK,
+        'elif event.kind == "step_intent" and story.ended and data["step"].partition(".")[0] != "review":',
+        "elif False:",
+        (f"{_TOLD}[a step after the end]",),
+    ),
+    Guard(
+        "fsck: every artifact has its digest",
+        _FSCK,
+        "if here and sha256_file(file) == digest:",
+        "if here:",
+        tuple(f"{_T_FSCK}a_file_that_is_gone_or_changed_is_named[{file}.json]" for file in ("dump", "evidence")),
+    ),
+    Guard(
+        "fsck: a statement that was changed is not excused by the ledger's own",
+        _FSCK,
+        "if (carried and not here) or",
+        "if carried or",
+        (f"{_T_FSCK}a_statement_that_the_ledger_carries_need_not_be_here_yet",),
+    ),
+    Guard(
+        "fsck: a sealed record has its statements itself",
+        _FSCK,
+        'carried = "statement_json" in event.data and not (folder / "statement.json.sig").exists()',
+        'carried = "statement_json" in event.data',
+        (f"{_T_FSCK}a_statement_that_is_gone_from_a_sealed_record_is_named",),
+    ),
+    Guard(
+        "fsck: a ledger did not lose what was sealed of it",
+        _FSCK,
+        """\
+            raise VerificationError(f"the ledger ends with event {len(events)}, sealed are {len(lines)}")
+""",
+        "            return\n",
+        (f"{_T_FSCK}a_ledger_that_lost_what_was_sealed_is_named",),
+    ),
+    Guard(
+        "fsck: what was sealed of a ledger is what it has",
+        _FSCK,
+        "if line != canonical_json(events[number - 1].as_json()):",
+        "if False:",
+        (f"{_T_FSCK}a_ledger_that_lost_what_was_sealed_is_named",),
+    ),
+    Guard(
+        "fsck: an environment has one live run",
+        _FSCK,
+        "if len(holders) < 2 else",
+        "if True else",
+        (f"{_T_FSCK}an_environment_has_one_live_run",),
+    ),
+)
+
 GUARDS: tuple[Guard, ...] = (
     *_STEPS,
+    *_IN_DOUBT,
     *_DURABLE,
     *_EVENTS,
     *_EXECUTORS,
     *_COMMANDS,
     *_GATES,
+    *_MACHINES,
+    *_MIGRATIONS,
     *_BACKUPS,
     *_RECORDS,
+    *_INVARIANTS,
 )

@@ -170,8 +170,8 @@ def run_step(
             here = processes._machine()
             processes._machine = lambda: {**here, "host": "another"}
         step, item = _find(key)
-        run = wiring.attach(run_id)
         try:
+            run = wiring.attach(run_id)
             with lease.held(run):
                 step._one(run, item)
             code = 0

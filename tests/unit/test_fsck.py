@@ -151,12 +151,20 @@ def added(*new: Told) -> Callable[[list[Told]], list[Told]]:
         pytest.param(replaced(4, intent("prepare.freeze", 3)), ORDER, id="an attempt was left out"),
         pytest.param(replaced(5, outcome("prepare.freeze", 1)), ORDER, id="the end of another attempt"),
         pytest.param(
+            replaced(7, outcome("backup.dump", status="failed"), outcome("backup.dump")),
+            ORDER,
+            id="a failed attempt that turned green",
+        ),
+        pytest.param(
             added(("step_reset", {"step": "x.y", "attempt": 1, "why": "", "epoch": 4})), ORDER, id="a reset of nothing"
         ),
         pytest.param(added(outcome("backup.dump", epoch=4)), ONCE, id="green twice"),
         pytest.param(dropped(9), GATES, id="no approval"),
         pytest.param(dropped(8), GATES, id="a gate that was never asked"),
         pytest.param(replaced(12, intent("begin.fence", epoch=4)), GATES, id="a step without its gate"),
+        pytest.param(
+            replaced(12, intent("begin.fence", epoch=4, settles=0)), GATES, id="a look at what was never attempted"
+        ),
         pytest.param(
             replaced(9, ("gate_decision", {**APPROVED[1], "round": 2})), GATES, id="an approval of another round"
         ),
@@ -233,6 +241,19 @@ def test_a_run_that_went_back_may_leave_a_step_in_doubt(folder: Path) -> None:
     assert broken(chained([*sound_story(), intent("deploy.x", epoch=4), rolled_back]), folder) == {GATES}
 
 
+def test_what_became_of_a_failed_attempt_is_said_though_its_gate_does_not_stand_any_more(folder: Path) -> None:
+    told = [
+        *sound_story(),
+        intent("begin.x", epoch=4, gates={"backup": ["d1"]}),
+        outcome("begin.x", epoch=4, status="failed"),
+        ("gate_opened", {**ASKED[1], "round": 2, "epoch": 4}),
+        intent("begin.x", 2, epoch=4, gates={"backup": ["d1"]}, settles=1),
+        ("step_blocked", {"step": "begin.x", "attempt": 2, "why": "half done", "epoch": 4}),
+    ]
+
+    assert broken(chained(told), folder) == set()
+
+
 def test_a_ledger_that_lost_what_was_sealed_is_named(folder: Path) -> None:
     events = chained([*sound_story(), ENDED])
     lines = [canonical_json(event.as_json()) + b"\n" for event in events]
@@ -256,6 +277,15 @@ def test_a_statement_that_the_ledger_carries_need_not_be_here_yet(folder: Path) 
     assert broken(chained(told), folder) == set()
 
     (folder / "resolve.json").write_text("changed")
+    assert broken(chained(told), folder) == {ARTIFACTS}
+
+
+def test_a_statement_that_is_gone_from_a_sealed_record_is_named(folder: Path) -> None:
+    kind, data = settled(outcome("begin.fence", epoch=4))
+    told = replaced(14, (kind, {**data, "statement_json": "{}", "signature": "signed"}))(sound_story())
+    (folder / "resolve.json").unlink()
+    (folder / "statement.json.sig").write_text("sealed")
+
     assert broken(chained(told), folder) == {ARTIFACTS}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runbook_lib import fence
-from runbook_lib.errors import FencedError, StepInDoubtError
+from runbook_lib.errors import FencedError, PausedError
 from runbook_lib.run import Run
 from tests.project import wait_until
 
@@ -52,7 +52,7 @@ def test_a_newer_executor_waits_for_a_module_that_still_runs(run: Run, monkeypat
     with subprocess.Popen((python, "-c", "print('in', flush=True); input()"), stdin=-1, stdout=-1, text=True) as module:
         assert module.stdout is not None
         assert module.stdout.readline() == "in\n"
-        with pytest.raises(StepInDoubtError, match=f"still at work here: {run.run_id}, pid {module.pid}"):
+        with pytest.raises(PausedError, match=f"still at work here: {run.run_id}, pid {module.pid}"):
             raised(run, 8)
         module.kill()
     raised(run, 8)

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runbook_lib import backup_files, phases
+from runbook_lib import backup_files, fence, phases
 from runbook_lib.adapters import processes
-from runbook_lib.errors import PausedError
+from runbook_lib.errors import PausedError, StepInDoubtError
 from runbook_lib.model import Recovery, Status, StepResult
 from runbook_lib.run import Run
 from runbook_lib.step import Step
 from tests.ledgers import LedgerServer
+from tests.project import wait_until
 from tests.unit.conftest import OpenRun
 
 # Blocked, or paused: what it says when its target cannot be looked at.
@@ -145,3 +147,28 @@ def test_what_is_safe_to_repeat_is_done_again_though_its_target_cannot_be_looked
 
     assert (acted, run.state.step(key).attempt) == ([name], 2)
     assert run.state.step(key).settled_by == ""
+
+
+def test_a_host_on_which_something_still_runs_is_asked_again_and_not_settled_by_a_person(
+    run_with_database: Run, acts: Callable[[Step], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fence, "_WAIT_S", 0.5)
+    run, step = run_with_database, STEPS["deploy.deploy_release"]
+    monkeypatch.setattr(step, "each", lambda _run: ("app-01",))
+    run.ledger.take_lock(run.run_id, "staging")
+    acted, key = acts(step), left_in_the_middle(run, step)
+    there = Path(run.services.hosts["app-01"].home) / ".runbook"
+    there.mkdir()
+    held = there / "held"
+    argv = ("flock", there / "lock", "sh", "-c", f"touch {held}; exec sleep 60")
+    with subprocess.Popen(argv, start_new_session=True) as module:
+        wait_until(held.exists, "a module at work", 20)
+        with pytest.raises(PausedError, match="still at work here") as caught:
+            step(run)
+        assert not isinstance(caught.value, StepInDoubtError)
+        assert (run.state.step(key).status, acted) == (Status.RUNNING, [])
+        processes.end_group(module.pid)
+
+    step(run)
+
+    assert (run.state.step(key).status, acted) == (Status.GREEN, ["deploy.deploy_release"])

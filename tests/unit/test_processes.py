@@ -16,8 +16,9 @@ import pytest
 from runbook_lib.adapters import processes
 from runbook_lib.adapters.secrets import Secrets
 from runbook_lib.adapters.shell import LocalShell
-from runbook_lib.errors import StepFailedError, StepInDoubtError
+from runbook_lib.errors import PausedError, StepFailedError
 from runbook_lib.model import Command
+from tests.project import wait_until
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_a_child_whose_starter_was_killed_is_waited_for(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
     os.kill(starter.pid, signal.SIGKILL)
     starter.wait()
-    with pytest.raises(StepInDoubtError, match="still runs"):
+    with pytest.raises(PausedError, match="still runs"):
         processes.wait_for_children(tmp_path, timeout_s=0.2)
 
     (tmp_path / "go").touch()
@@ -95,11 +96,25 @@ def test_a_command_whose_starter_was_killed_before_it_wrote_its_pid_is_waited_fo
         fcntl.flock(lock, fcntl.LOCK_EX)
         child = subprocess.Popen(("sleep", "60"), stdin=lock)
     try:
-        with pytest.raises(StepInDoubtError, match=r"its command \(held\) still runs"):
+        with pytest.raises(PausedError, match=r"its command \(held\) still runs"):
             processes.wait_for_children(tmp_path, timeout_s=0.2)
     finally:
         child.kill()
         child.wait()
+    processes.wait_for_children(tmp_path, timeout_s=20)
+
+
+def test_a_command_whose_wrapper_was_killed_alone_is_waited_for(tmp_path: Path) -> None:
+    with subprocess.Popen(("sh", "-c", "sleep 60 & wait"), start_new_session=True) as wrapper:
+        start = processes.start_time(wrapper.pid)
+        (tmp_path / "held.pid").write_text(f"{wrapper.pid} {start} {processes.boot_id()}\n")
+        wait_until(lambda: processes.children_of(wrapper.pid), "the command", 20)
+        wrapper.kill()
+    try:
+        with pytest.raises(PausedError, match=r"its command \(pids \[\d+\], held\) still runs"):
+            processes.wait_for_children(tmp_path, timeout_s=0.2)
+    finally:
+        os.killpg(wrapper.pid, signal.SIGKILL)
     processes.wait_for_children(tmp_path, timeout_s=20)
 
 
@@ -123,16 +138,17 @@ def on(machine: str = "m1", boot: str = "an earlier one", pids: str = INITIAL, h
 @pytest.mark.parametrize(
     ("here", "process", "told"),
     [
-        (on(), on(), True),
-        (on(), on(host="two"), False),
-        (on(), on("m2"), False),
-        (on(""), on(""), False),  # no machine-id: a twin of the same name cannot be told apart
-        (on(pids="pid:[7]"), on(pids="pid:[7]"), False),  # an image's machine-id is that of all its containers
-        (on(), on(pids="pid:[7]"), False),
-        (on(), on(boot="now"), True),
-        (on(""), on("", boot="now"), True),
-        (on(pids="pid:[7]"), on(boot="now", pids="pid:[7]"), True),
-        (on(pids="pid:[7]"), on(boot="now"), False),
+        pytest.param(on(), on(), True, id="of an earlier boot"),
+        pytest.param(on(), on(host="two"), False, id="of another name"),
+        pytest.param(on(), on("m2"), False, id="of another machine"),
+        pytest.param(on(""), on(""), False, id="of a twin of the same name"),  # without a machine-id none can be told
+        # An image's machine-id is that of all its containers.
+        pytest.param(on(pids="pid:[7]"), on(pids="pid:[7]"), False, id="of a container that is gone"),
+        pytest.param(on(), on(pids="pid:[7]"), False, id="of another container"),
+        pytest.param(on(), on(boot="now"), True, id="of this boot"),
+        pytest.param(on(""), on("", boot="now"), True, id="of this boot, without a machine-id"),
+        pytest.param(on(pids="pid:[7]"), on(boot="now", pids="pid:[7]"), True, id="of this container"),
+        pytest.param(on(pids="pid:[7]"), on(boot="now"), False, id="outside of this container"),
     ],
 )
 def test_a_process_is_only_taken_for_gone_where_this_machine_can_tell(
@@ -142,6 +158,16 @@ def test_a_process_is_only_taken_for_gone_where_this_machine_can_tell(
     monkeypatch.setattr(processes, "boot_id", lambda: "now")
 
     assert processes.is_here(process) is told
+
+
+def test_a_process_of_an_earlier_boot_is_gone_though_its_pid_and_start_came_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = on()
+    monkeypatch.setattr(processes, "_machine", lambda: {key: here[key] for key in ("host", "machine", "pids")})
+
+    assert processes.alive(processes.me())
+    assert not processes.alive({**processes.me(), "boot": "an earlier one"})
 
 
 def test_a_command_that_the_machine_ended_for_want_of_memory_is_named(

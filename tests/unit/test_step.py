@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import psycopg
@@ -14,6 +18,7 @@ from runbook_lib import fence, fsck, lease, wiring
 from runbook_lib.adapters import processes
 from runbook_lib.errors import (
     DeniedError,
+    FencedError,
     LedgerUnavailableError,
     PausedError,
     StepFailedError,
@@ -200,6 +205,18 @@ def test_a_secret_in_an_error_does_not_come_into_the_ledger(run: Run) -> None:
     assert "hunter2" not in str(run.ledger.events(run.run_id))
 
 
+def test_a_secret_in_a_probes_error_does_not_come_into_the_ledger(run_with_database: Run) -> None:
+    run = run_with_database
+    run.secrets.remember("hunter2-secret")
+    fails = Seen(OSError("login with hunter2-secret failed"))
+    begun(run, gone())
+
+    with pytest.raises(StepInDoubtError, match=r"login with \[redacted\] failed"):
+        fails.made(run)
+
+    assert "hunter2" not in str(run.ledger.events(run.run_id))
+
+
 # --- in doubt ----------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +301,44 @@ def test_a_failed_attempt_that_may_be_half_done_waits_for_a_person(run_with_data
     assert (fails.acts.times, run.state.step(KEY).status) == (1, Status.BLOCKED)
     assert run.state.step(KEY).intent["children"] == fails.asked[0]["children"] == f"logs/{KEY}/1"
     assert broken_rules(run) == []
+
+
+@pytest.mark.parametrize(
+    ("says", "ends"), [(StepInDoubtError("half done"), Status.BLOCKED), (StepResult(), Status.GREEN)], ids=repr
+)
+def test_the_way_back_settles_a_failed_attempt_behind_a_gate_that_does_not_stand_any_more(
+    run_with_database: Run, says: StepResult | Exception, ends: Status
+) -> None:
+    run, fails = run_with_database, Seen(says)
+    fails.failed(run)
+    gate = Acts().step()
+    gate.name = "sign_off"
+    fails.made.before = (gate,)
+
+    def refuses(*_: object) -> Mapping[str, Any]:
+        raise PausedError("the decision does not stand: its evidence is not here")
+
+    fails.made.guard = refuses
+    with pytest.raises(PausedError, match=r"does not start: prepare\.sign_off"):
+        fails.made(run)
+
+    for _ in range(2):  # killed behind it, the way back asks again
+        with pytest.raises(StepInDoubtError, match="half done") if ends is Status.BLOCKED else nullcontext():
+            fails.made.settle_left_over(run)
+
+    assert (run.state.step(KEY).status, fails.acts.times) == (ends, 1)
+    assert broken_rules(run) == []
+
+
+def test_what_became_of_a_failed_attempt_is_not_said_after_the_end(run_with_database: Run) -> None:
+    run, fails = run_with_database, Seen(StepResult())
+    fails.failed(run)
+    run.ledger.append(run.run_id, "run_ended", {"state": "aborted"})
+
+    with pytest.raises(PausedError, match="has ended"):
+        fails.made.settle_left_over(run)
+
+    assert run.state.step(KEY).status is Status.FAILED
 
 
 @pytest.mark.parametrize("says", [None, StepFailedError("it is there, and red")])
@@ -387,12 +442,17 @@ def test_a_command_that_outlived_its_executor_has_ended_before_the_probe_looks(r
     assert (seen, acts.times) == ([True], 0)
 
 
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "failed"])
 def test_a_session_that_outlived_its_executor_has_ended_before_the_probe_looks(
-    run_with_database: Run, ledger_server: LedgerServer, monkeypatch: pytest.MonkeyPatch
+    run_with_database: Run, ledger_server: LedgerServer, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
     monkeypatch.setattr(fence, "_GRACE_S", 0.1)
     run, acts = run_with_database, Acts()
     begun(run, gone())
+    if not killed:
+        red = StepResult(verdict="red", status="failed").as_json()
+        ended = {"step": KEY, "attempt": 1, "status": "failed", "result": red, "error": "ended after 1 s"}
+        another(run).append(run.run_id, "step_outcome", ended)
     made = acts.step(recovery=Recovery.PROBE)
     with ledger_server.session() as session, ThreadPoolExecutor(1) as pool:
         session.execute("SELECT set_config('application_name', %s, false)", (f"{run.session_name}: left",))
@@ -420,3 +480,83 @@ def test_a_session_that_outlived_its_executor_has_ended_before_the_probe_looks(
         assert isinstance(left.exception(), psycopg.Error)
 
     assert (at_work, acts.times) == ([0], 0)
+
+
+# --- several at once ---------------------------------------------------------------------------------------------
+
+
+class Crowd:
+    """A step for four items, two at a time, whose action goes on until it is told to end."""
+
+    def __init__(self) -> None:
+        self.began, self.ended, self.go = [], [], threading.Event()  # type: ignore[var-annotated]
+        self.two = threading.Barrier(3)
+        self.made = step("Act", recovery=Recovery.PROBE, each=lambda run: "abcd", limit=lambda run: 2)(self.act)
+        self.made.phase = "prepare"
+        self.made.probe(lambda run, item, intent: None)
+
+    def act(self, run: Run, item: str) -> StepResult:
+        self.began.append(item)
+        if not self.go.is_set():
+            self.two.wait(30)
+        self.go.wait(30)
+        self.ended.append(item)
+        return StepResult()
+
+    def interrupt(self, times: int) -> None:
+        """As a kernel is interrupted, once two items are at work."""
+        self.two.wait(30)
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_until(lambda: signal.getsignal(signal.SIGINT) is not signal.default_int_handler, "the interrupt", 30)
+        for _ in range(times - 1):
+            os.kill(os.getpid(), signal.SIGINT)
+        self.go.set()
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_interrupt_leaves_nothing_at_work_without_a_lease(run_with_database: Run, times: int) -> None:
+    run, crowd = run_with_database, Crowd()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        other = threading.Thread(target=crowd.interrupt, args=(times,))
+        other.start()
+        with pytest.raises(KeyboardInterrupt):
+            crowd.made(run)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        crowd.go.set()
+        other.join()
+
+    assert sorted(crowd.began) == sorted(crowd.ended) == ["a", "b"]
+    assert run.ledger.epoch is None
+    assert [run.state.green(f"prepare.act@{item}") for item in "abcd"] == [True, True, False, False]
+    crowd.made(run)
+    assert sorted(crowd.began) == ["a", "b", "c", "d"]
+
+
+def test_what_another_thread_of_this_process_does_is_not_taken_for_left_over(run_with_database: Run) -> None:
+    run, crowd = run_with_database, Crowd()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(crowd.made, run)
+        crowd.two.wait(30)
+        try:
+            with pytest.raises(PausedError, match="is being run by this very process"):
+                crowd.made(run)
+        finally:
+            crowd.go.set()
+        first.result()
+
+    assert sorted(crowd.began) == ["a", "b", "c", "d"]
+
+
+def test_an_outcome_is_not_written_by_who_has_no_lease(run: Run) -> None:
+    run.ledger.take_lease(run.run_id, processes.me())
+
+    def act(run: Run) -> None:
+        run.ledger.epoch = None
+
+    with pytest.raises(FencedError, match="is not the executor"):
+        Acts(act).step()(run)
+
+    assert run.state.step(KEY).status is Status.RUNNING

@@ -79,6 +79,23 @@ def test_nobody_settles_a_step_in_anothers_name(
     assert not (blocked.folder / "decisions").exists()
 
 
+def test_of_two_who_settle_a_step_at_once_the_first_one_counts(
+    blocked: Run, people: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sign = decisions.signed
+
+    def first_bea(data: bytes, *, key: Path, ask: bool = True) -> bytes:
+        monkeypatch.setattr(decisions, "signed", sign)
+        testimony.resolve(blocked, KEY, done=False, comment="not there", person="bea", key=people["bea"])
+        return sign(data, key=key, ask=ask)
+
+    monkeypatch.setattr(decisions, "signed", first_bea)
+    with pytest.raises(UsageError, match="was settled by somebody else"):
+        testimony.resolve(blocked, KEY, done=True, comment="looked", person="ada", key=people["ada"])
+
+    assert blocked.state.step(KEY).status is Status.PENDING
+
+
 @pytest.mark.parametrize(
     ("key", "person"),
     [
@@ -104,3 +121,33 @@ def test_what_later_steps_read_is_made_again_and_not_signed_for(run: Run, people
 
     testimony.resolve(run, key, done=False, comment="moved away", person=who, key=people[who])
     assert run.state.step(key).status is Status.PENDING
+
+
+def sealed_parts(run: Run) -> list[str]:
+    return sorted(path.name for path in (run.folder / "decisions").glob("*"))
+
+
+def test_nothing_is_settled_after_the_end_since_the_record_is_sealed(blocked: Run, people: dict[str, Path]) -> None:
+    blocked.ledger.append(blocked.run_id, "run_ended", {"state": "aborted"})
+
+    with pytest.raises(UsageError, match=r"has ended \(aborted\)"):
+        testimony.resolve(blocked, KEY, done=False, comment="seen", person="ada", key=people["ada"])
+
+    assert sealed_parts(blocked) == []
+
+
+def test_a_run_that_ends_while_somebody_signs_takes_no_settlement(
+    blocked: Run, people: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signed = decisions.signed
+
+    def ends_meanwhile(*words: object, **named: object) -> bytes:
+        blocked.ledger.append(blocked.run_id, "run_ended", {"state": "aborted"})
+        return signed(*words, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decisions, "signed", ends_meanwhile)
+
+    with pytest.raises(UsageError, match="has ended"):
+        testimony.resolve(blocked, KEY, done=False, comment="seen", person="ada", key=people["ada"])
+
+    assert sealed_parts(blocked) == []

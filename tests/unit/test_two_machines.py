@@ -97,6 +97,39 @@ def test_a_statement_that_was_changed_here_is_not_taken_from_the_ledger(
         decisions.load(wiring.attach(here.run_id), recorded)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param({"statement_json": "{}"}, id="the statement"),
+        pytest.param({"signature": "signed"}, id="the signature"),
+        pytest.param({"statement": "params.json"}, id="where it stands"),
+    ],
+)
+def test_a_ledger_that_carries_another_statement_than_it_names_writes_nothing(
+    machines: Machines, people: dict[str, Path], changed: dict[str, str]
+) -> None:
+    here = asked_in(machines.run)
+    approve(machines.elsewhere(), "backup", "ada", people)
+    recorded = {**here.state.gate("backup").decisions[0], **changed}
+    before = (here.folder / "params.json").read_bytes()
+
+    with pytest.raises(VerificationError, match="the ledger carries another"):
+        decisions.bring(here, recorded)
+
+    named = here.folder / str(recorded["statement"])
+    assert [named.exists(), (here.folder / "params.json").read_bytes()] == ["statement" in changed, before]
+
+
+def test_a_sealed_record_gets_no_statement_any_more(machines: Machines, people: dict[str, Path]) -> None:
+    here = asked_in(machines.run)
+    approve(machines.elsewhere(), "backup", "ada", people)
+    (here.folder / "statement.json.sig").write_text("sealed")
+
+    decisions.bring(here, here.state.gate("backup").decisions[0])
+
+    assert not (here.folder / "decisions").exists()
+
+
 def test_a_spot_check_and_its_round_elsewhere_are_evidence_here(machines: Machines, people: dict[str, Path]) -> None:
     here = machines.run
     here.ledger.take_lock(here.run_id, "staging")
