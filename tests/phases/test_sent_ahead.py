@@ -82,10 +82,10 @@ def test_an_archive_is_sent_while_it_is_made_and_is_there_once_it_is_proved(big:
     with _path(stopping), ThreadPoolExecutor(1) as pool:
         looking = pool.submit(there.two_parts_before, stopping / "go")
         archived = backup.archive_files(big.run)
-        assert looking.result() == []
+    assert archived.facts["app-01"]["sent ahead"] == f"{32 * _MIB:,} bytes"
+    assert looking.result() == []
     backup.dump_database(big.run)
     assert there.versions() == []
-    assert archived.facts["app-01"]["sent ahead"] == f"{32 * _MIB:,} bytes"
     assert archived.facts["app-02"]["sent ahead"] == "0 bytes"
 
     big.kill_when(
@@ -142,10 +142,10 @@ def test_a_dump_is_sent_while_it_is_made_too(
             with _path(tools), ThreadPoolExecutor(1) as pool:
                 looking = pool.submit(there.two_parts_before, tools / "go")
                 dumped = backup.dump_database(one.run)
-                assert looking.result() == []
         finally:
             session.execute("DROP TABLE ballast")
     assert dumped.facts["sent ahead"] == f"{10 * _MIB:,} bytes"
+    assert looking.result() == []
     assert there.versions() == []
     backup.archive_files(one.run)
 
