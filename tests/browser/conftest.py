@@ -51,6 +51,9 @@ def new_page(browser: Any) -> Iterator[Any]:
         contexts.append(browser.new_context(viewport={"width": 1280, "height": 800}))
         page = contexts[-1].new_page()
         page.on("request", outside.look)
+        # Saved by hand in the moment in which JupyterLab saves by itself, it takes its own file for somebody else's.
+        asked = page.locator(".jp-Dialog", has_text="has changed on disk since")
+        page.add_locator_handler(asked, lambda dialog: dialog.get_by_role("button", name="Overwrite").click())
         return page
 
     yield opened

@@ -12,7 +12,7 @@ import pytest
 from runbook_lib import migration
 from runbook_lib.adapters import processes
 from runbook_lib.commands import migrations
-from runbook_lib.errors import StepFailedError, StepInDoubtError
+from runbook_lib.errors import PausedError, StepFailedError
 from runbook_lib.migration import applied_versions, pending_versions
 from runbook_lib.phases import migrate
 from runbook_lib.run import Run
@@ -117,14 +117,14 @@ def test_who_still_waits_for_a_lock_after_the_migration_is_named(run: Run) -> No
             holder.execute("SELECT pg_advisory_unlock(4711)")
 
 
-def test_a_session_of_the_migration_role_that_is_still_at_work_leaves_a_killed_migration_in_doubt(run: Run) -> None:
+def test_a_session_of_the_migration_role_that_is_still_at_work_is_waited_for(run: Run) -> None:
     probe = migrate.migrate_production.settle
     assert probe is not None
     left = {"executor": processes.me(), "children": "logs/none"}
     with session_of(run, run.params.database.migrate_role) as session:
         session.execute("BEGIN")
         session.execute("SELECT 1")
-        with pytest.raises(StepInDoubtError, match="a session of the migration role is still at work"):
+        with pytest.raises(PausedError, match="a session of the migration role is still at work"):
             probe(run, left)
 
     assert probe(run, left) is None

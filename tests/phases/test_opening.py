@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from runbook_lib import executor, gate, wiring
+from runbook_lib import executor, gate, lease, wiring
 from runbook_lib.adapters import processes
 from runbook_lib.errors import PausedError, UsageError
 from runbook_lib.model import Status
@@ -98,7 +98,7 @@ def test_a_settled_step_is_never_reset_by_a_slower_executor(opened: Open) -> Non
     known = one.run.state.step(key)
     seen_too_early = replace(known, status=Status.RUNNING, result=None)
 
-    with pytest.raises(PausedError, match="settled by another executor: green"):
+    with lease.held(one.run), pytest.raises(PausedError, match="settled by another executor: green"):
         prepare.confirm_candidate._recover(one.run, None, key, seen_too_early)
 
     assert one.run.state.step(key).status is Status.GREEN

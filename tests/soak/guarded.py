@@ -1129,7 +1129,7 @@ _MIGRATIONS = (
         _MIGRATE,
         "    migration.refuse_while_migrating(run, database)\n",
         "",
-        (f"{_T_MIGRATE}a_session_of_the_migration_role_that_is_still_at_work_leaves_a_killed_migration_in_doubt",),
+        (f"{_T_MIGRATE}a_session_of_the_migration_role_that_is_still_at_work_is_waited_for",),
     ),
     Guard(
         "only what was rehearsed goes to production",
