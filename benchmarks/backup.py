@@ -82,7 +82,9 @@ class Place:
         data: dict[str, Any] = yaml.safe_load((ROOT / "params" / "example.yml").read_text())
         data["people"] = {"ada": {"name": "Ada", "roles": ["deploy_lead", "dba", "qa"], "keys": [key]}}
         data |= {"environment": "bench", "opened_by": None, "ledger": None}
-        data["hosts"] = {"web": {"app-01": {"address": f"local:{self.home}", "files": ["."]}}}
+        data["hosts"] = {
+            "web": {"app-01": {"address": f"local:{self.home}", "files": ["."], "url": "http://127.0.0.1:9"}}
+        }
         data["database"] |= {
             "host": "127.0.0.1",
             "port": self.database.port,
@@ -293,6 +295,7 @@ def one_phase(folder: Path, postmaster: int, weed: int, number: int) -> None:
     opened = {"version": "v1", "environment": "bench", "params_sha256": digest(params.frozen()), "opened_by": "bench"}
     run.folder.mkdir(parents=True)
     run.ledger.append(run_id, "run_opened", opened, environment="bench")
+    run.keep("plan.json", json.dumps({"digest": "0" * 64, "steps": []}))
     peak = Peak()
     peak.start()
     parts: dict[str, Part] = {}

@@ -915,7 +915,7 @@ def backup_prove(
             print(f"? not covered: {what}")
         for why in report["why"]:
             print(f"✖ {why}")
-        print(f"{dump} is {'proved' if report['ok'] else 'not what its manifest says'}")
+        print(f"{dump} is {'proved' if report['ok'] else 'not proved'}")
     raise typer.Exit(0 if report["ok"] else 1)
 
 

@@ -162,11 +162,10 @@ def export_snapshot(connection: psycopg.Connection[Any]) -> Snapshot:
 
 
 @contextmanager
-def _plain(dump_file: Path, *, shell: Shell, timeout_s: float, told: progress.Told) -> Iterator[Path]:
+def _plain(dump_file: Path, plain: Path, *, shell: Shell, timeout_s: float, told: progress.Told) -> Iterator[Path]:
     """The dump as pg_restore reads it: itself, or unpacked beside it for as long as the body runs."""
     with dump_file.open("rb") as file:
         head = file.read(512)
-    plain = plain_of(dump_file)
     remove(plain)
     try:
         if head.startswith(_ZSTD):
@@ -207,6 +206,7 @@ def prove_dump(
     timeout_s: float,
     jobs: int = 1,
     told: progress.Told = progress.untold,
+    plain: Path | None = None,
 ) -> dict[str, Any]:
     """Restore a dump into the scratch database and compare it with the inventory of its source.
 
@@ -215,6 +215,7 @@ def prove_dump(
         timeout_s: for reading and for restoring, each, in seconds.
         jobs: how many tables and indexes are restored and compared at a time.
         told: where progress goes.
+        plain: where the dump is unpacked; by default `plain_of` it.
 
     Returns:
         JSON: `equal`, `differences`, `not_provable`, `tables` (table, rows, restored_rows, same), `entries`, and how long it
@@ -236,16 +237,16 @@ def prove_dump(
     params = scratch.params
     server = postgres.Server(params.host, params.port, params.passfile)
     began = time.monotonic()
-    with _plain(dump_file, shell=shell, timeout_s=timeout_s, told=told) as plain:
-        listing = shell.run(postgres.list_contents(plain), name="pg_restore-list").output
-        if plain == dump_file or plain.is_dir():  # unpacking by zstd has read every byte, with its checksum
-            shell.run(postgres.read_through(plain, timeout_s=timeout_s), name="pg_restore-read")
+    with _plain(dump_file, plain or plain_of(dump_file), shell=shell, timeout_s=timeout_s, told=told) as unpacked:
+        listing = shell.run(postgres.list_contents(unpacked), name="pg_restore-list").output
+        if unpacked == dump_file or unpacked.is_dir():  # unpacking by zstd has read every byte, with its checksum
+            shell.run(postgres.read_through(unpacked, timeout_s=timeout_s), name="pg_restore-read")
         read = time.monotonic()
         try:
             scratch.create()
             with scratch.size_bytes() as grown, told("restore", grown, total=source["size_bytes"]):
                 shell.run(
-                    postgres.restore(server, params.admin_role, scratch.name, plain, timeout_s=timeout_s, jobs=jobs),
+                    postgres.restore(server, params.admin_role, scratch.name, unpacked, timeout_s=timeout_s, jobs=jobs),
                     name="pg_restore",
                 )
             restored_at = time.monotonic()
@@ -346,8 +347,15 @@ def prove_against_manifest(
     token = random.token_hex(6)
     scratch = ScratchDatabase(database, params, f"{SCRATCH_PREFIX}{token}", f"runbook proof {token} of {run_id}")
     found = sha256_file(dump_file)
-    report = prove_dump(dump_file, source, scratch=scratch, shell=shell, timeout_s=timeout_s, jobs=jobs)
-    why = [*report["differences"]]
     if found != expected:
-        why.append(f"sha256 is {found}, the manifest says {expected}")
+        # Before any server sees it: what a dump holds is run there, as an administrator, and this one is somebody else's.
+        why = [f"sha256 is {found}, the manifest says {expected}: it was not restored"]
+        report: dict[str, Any] = {"equal": False, "differences": [], "not_provable": [], "tables": []}
+    else:
+        # Of two proofs at once none takes the other's unpacked dump.
+        plain = plain_of(dump_file.with_name(f"{dump_file.name}.{token}"))
+        report = prove_dump(
+            dump_file, source, scratch=scratch, shell=shell, timeout_s=timeout_s, jobs=jobs, plain=plain
+        )
+        why = [*report["differences"]]
     return {**report, "sha256": found, "sha256_expected": expected, "ok": not why, "why": why}

@@ -216,10 +216,12 @@ class Ahead:
                 self._at_work += 1
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._stop.set()
         for thread in self._threads:
             thread.join(_END_S / _THREADS)
+        if kind is not None and self._upload:  # nobody will complete it
+            self._parts.abort(self._upload)
 
     def _work(self) -> None:
         _give_way()

@@ -284,6 +284,13 @@ def _(run: Run) -> list[tuple[str, ...]]:
 def validate_backup(run: Run) -> StepResult:
     """A listing proves nothing: the dump is restored and compared table by table, the archives file by file."""
     source = off_site.inventory_of(run)
+    dump, was_dumped = on_disk.dump_path(run), off_site.fact(run, dump_database.key(), "sha256")
+    if not dump.is_file() or sha256_file(dump) != was_dumped:
+        # Before any server sees it: what a dump holds is run there, as an administrator.
+        raise StepFailedError(
+            f"{dump} is not what was dumped, or is gone: it was not restored",
+            remedy="do not deploy: abort this run, find out why, open a new one",
+        )
     report: dict[str, Any] = {
         "dump": restore.prove_dump(
             on_disk.dump_path(run),

@@ -363,6 +363,17 @@ def test_an_error_of_whoever_writes_the_file_is_passed_on(store: S3Store, path: 
     assert store.find(_KEY) is None
 
 
+def test_what_a_failed_step_sent_does_not_stay_in_the_store(store: S3Store, path: Path, note: Path) -> None:
+    with pytest.raises(ZeroDivisionError), store.ahead(path, _KEY, note=note) as ahead:
+        _grow(path, 16 * _MIB)
+        _until(lambda: ahead.sent_bytes >= 15 * _MIB)
+        raise ZeroDivisionError
+
+    assert _half(store) == []
+    _grow(path, 1)
+    assert _is_stored(store, path, store.put(path, _KEY, sha256=_digest(path), note=note))
+
+
 _AHEAD = """
 import sys, time
 from pathlib import Path

@@ -18,10 +18,12 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import backup_files, restore
+from runbook_lib import backup_files, off_site, restore
+from runbook_lib.canonical import sha256_file
 from runbook_lib.errors import PausedError, StepFailedError, StepInDoubtError
 from runbook_lib.model import Command, Status, StepResult
 from runbook_lib.phases import backup, prepare
+from runbook_lib.run import Run
 from tests.phases.conftest_backup import Opened, opened, slow_tools, twin  # noqa: F401  # fixtures
 from tests.project import alive
 
@@ -101,12 +103,41 @@ def test_the_inventory_is_the_dumps_own_moment(opened: Open, twin: dict[str, Any
     assert result.facts["differences"] == []
 
 
+def hashed_now(monkeypatch: pytest.MonkeyPatch, dump: Path) -> None:
+    """As if the dump had been damaged before it was hashed: its digest is as it was recorded."""
+    recorded = off_site.fact
+
+    def fact(run: Run, key: str, name: str) -> Any:
+        mine = (key, name) == (backup_files.DUMP, "sha256")
+        return sha256_file(dump) if mine else recorded(run, key, name)
+
+    monkeypatch.setattr(off_site, "fact", fact)
+
+
+def test_a_dump_that_changed_since_is_not_restored(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """What a dump holds is run on the server, as an administrator."""
+    one = opened()
+    _backed_up(one)
+    with backup_files.dump_path(one.run).open("ab") as dump:
+        dump.write(b"more")
+    monkeypatch.setattr(restore, "prove_dump", None)
+
+    with pytest.raises(StepFailedError, match="is not what was dumped, or is gone: it was not restored"):
+        backup.validate_backup(one.run)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "row"])
-def test_a_damaged_dump_does_not_pass(opened: Open, twin: dict[str, Any], damage: str) -> None:  # noqa: F811
+def test_a_damaged_dump_does_not_pass(
+    opened: Open,  # noqa: F811
+    twin: dict[str, Any],  # noqa: F811
+    damage: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # Nothing around it that would notice: what is unpacked first is read to its end by that.
     one = opened(backup__dump="{compression: none}") if damage == "cut" else opened()
     _backed_up(one)
     dump = backup_files.dump_path(one.run)
+    hashed_now(monkeypatch, dump)
     content = bytearray(dump.read_bytes())
     if damage == "cut":
         dump.write_bytes(content[: len(content) // 2])

@@ -1198,10 +1198,31 @@ _BACKUPS = (
         (f"{_T_BACKUP}a_damaged_dump_does_not_pass[row]",),
     ),
     Guard(
+        "a dump that changed since is not restored",
+        _BACKUP,
+        "if not dump.is_file() or sha256_file(dump) != was_dumped:",
+        "if False:",
+        (f"{_T_BACKUP}a_dump_that_changed_since_is_not_restored",),
+    ),
+    Guard(
+        "a dump that is not the manifest's is not restored",
+        _RESTORE,
+        "if found != expected:",
+        "if False:",
+        ("tests/unit/test_restore.py::test_a_dump_that_is_not_the_manifests_is_not_restored",),
+    ),
+    Guard(
+        "a failed step drops what it sent ahead",
+        _UPLOADS,
+        "if kind is not None and self._upload:",
+        "if False:",
+        (f"{_T_UPLOADS}what_a_failed_step_sent_does_not_stay_in_the_store",),
+    ),
+    Guard(
         "a dump is read to its last byte",
         _RESTORE,
-        'postgres.read_through(plain, timeout_s=timeout_s), name="pg_restore-read"',
-        'postgres.list_contents(plain), name="pg_restore-list-again"',
+        'postgres.read_through(unpacked, timeout_s=timeout_s), name="pg_restore-read"',
+        'postgres.list_contents(unpacked), name="pg_restore-list-again"',
         (f"{_T_BACKUP}a_damaged_dump_does_not_pass[cut]",),
     ),
     Guard(
