@@ -66,7 +66,7 @@ class _There:
     def two_parts_before(self, go: Path) -> list[str]:
         """Wait for two parts, and let go on who makes the file; what was there at that moment."""
         try:
-            wait_until(lambda: self.parts() == 2, "two parts in the store")
+            wait_until(lambda: self.parts() >= 2, "two parts in the store")
             return self.versions()
         finally:
             go.touch()
@@ -144,7 +144,8 @@ def test_a_dump_is_sent_while_it_is_made_too(
                 dumped = backup.dump_database(one.run)
         finally:
             session.execute("DROP TABLE ballast")
-    assert dumped.facts["sent ahead"] == f"{10 * _MIB:,} bytes"
+    # The shop sells while tests run: how much there is of it is not known.
+    assert int(dumped.facts["sent ahead"].removesuffix(" bytes").replace(",", "")) >= 10 * _MIB
     assert looking.result() == []
     assert there.versions() == []
     backup.archive_files(one.run)
