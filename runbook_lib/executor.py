@@ -155,7 +155,8 @@ def abort(run: Run, *, reason: str) -> list[str]:
     """End a run where it stands; returns what stays changed, and what nobody looked at.
 
     Raises:
-        PausedError: it has ended, or something of it is still at work.
+        UsageError: it has ended.
+        PausedError: something of it is still at work.
     """
     if run.state.ended:
         raise UsageError(f"run {run.run_id} has ended: {run.state.ended}", remedy="runbook list")

@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rehearsal import repository as sample
 from rehearsal import s3
 from rehearsal.ports import free_port
+from runbook_lib.adapters.objects import S3Store
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,16 @@ class Bucket:
     endpoint: str
     name: str
     credentials: Path
+
+    def store(self, prefix: str, **changes: Any) -> S3Store:
+        """The bucket as the code under test has it, with other settings where a test names them."""
+        settings = {
+            "bucket": self.name,
+            "prefix": prefix,
+            "endpoint": self.endpoint,
+            "credentials_file": str(self.credentials),
+        }
+        return S3Store(**{**settings, **changes})
 
 
 def end(process: subprocess.Popen[bytes], *, grace_s: float = 3.0) -> None:

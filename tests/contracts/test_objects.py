@@ -23,19 +23,9 @@ if TYPE_CHECKING:
     from tests.contracts.conftest import Bucket
 
 
-def _store(bucket: Bucket, prefix: str, **changes: Any) -> S3Store:
-    settings = {
-        "bucket": bucket.name,
-        "prefix": prefix,
-        "endpoint": bucket.endpoint,
-        "credentials_file": str(bucket.credentials),
-    }
-    return S3Store(**{**settings, **changes})
-
-
 @pytest.fixture
 def store(bucket: Bucket, request: pytest.FixtureRequest) -> S3Store:
-    return _store(bucket, request.node.name.replace("[", "-").rstrip("]"))
+    return bucket.store(request.node.name.replace("[", "-").rstrip("]"))
 
 
 def _file(folder: Path, content: bytes) -> tuple[Path, str]:
@@ -117,7 +107,7 @@ def test_of_two_that_put_at_once_the_store_takes_one(
         folder.mkdir()
         path, digest = _file(folder, bytes([number]) * (6 << 20))
         try:
-            _store(bucket, prefix).put(path, "k", sha256=digest)
+            bucket.store(prefix).put(path, "k", sha256=digest)
         except StepFailedError:
             return False
         return True
@@ -126,7 +116,7 @@ def test_of_two_that_put_at_once_the_store_takes_one(
         won = list(pool.map(put, range(4)))
 
     assert sum(won) == 1
-    assert len(_versions(_store(bucket, prefix))) == 1
+    assert len(_versions(bucket.store(prefix))) == 1
 
 
 def test_what_was_stored_comes_back_into_a_file(store: S3Store, tmp_path: Path) -> None:
@@ -252,7 +242,7 @@ def test_what_is_retained_cannot_be_removed(
 
     monkeypatch.setattr(objects, "_ONE_REQUEST_BYTES", 1 << 20)
     name = f"locked-{size}"
-    locked = dataclasses.replace(_store(bucket, "p", retain_days=2, retain_mode="COMPLIANCE"), bucket=name)
+    locked = dataclasses.replace(bucket.store("p", retain_days=2, retain_mode="COMPLIANCE"), bucket=name)
     locked._client.create_bucket(Bucket=name, ObjectLockEnabledForBucket=True)
     path, digest = _file(tmp_path, b"z" * size)
 
@@ -277,7 +267,7 @@ def test_behind_a_bad_network_nothing_wrong_counts_as_stored(
     address = urlsplit(bucket.endpoint)
     proxy = Proxy((str(address.hostname), int(address.port or 0)), tmp_path / "mode").start()
     prefix = f"bad-{mode.replace(' ', '-')}-{whole}"
-    near, far = _store(bucket, prefix), _store(bucket, prefix, endpoint=f"http://127.0.0.1:{proxy.port}")
+    near, far = bucket.store(prefix), bucket.store(prefix, endpoint=f"http://127.0.0.1:{proxy.port}")
     path, digest = _file(tmp_path, hashlib.sha256(mode.encode()).digest() * ((3 if mode == "slow" else 12) << 15))
     try:
         proxy.mode = mode
@@ -324,24 +314,24 @@ def test_wrong_keys_are_denied(bucket: Bucket, tmp_path: Path) -> None:
     wrong.write_text("[default]\naws_access_key_id = AKNOBODY\naws_secret_access_key = wrong\n")
 
     with pytest.raises(DeniedError, match="s3://"):
-        _store(bucket, "p", credentials_file=str(wrong)).used_bytes()
+        bucket.store("p", credentials_file=str(wrong)).used_bytes()
     with pytest.raises(DeniedError):
         path, digest = _file(tmp_path, b"x")
-        _store(bucket, "p", credentials_file=str(wrong)).put(path, "k", sha256=digest)
+        bucket.store("p", credentials_file=str(wrong)).put(path, "k", sha256=digest)
 
 
 def test_settings_that_are_wrong_are_named(bucket: Bucket, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="credentials_file"):
-        _store(bucket, "p", credentials_file=str(tmp_path / "gone")).find("k")
+        bucket.store("p", credentials_file=str(tmp_path / "gone")).find("k")
     with pytest.raises(UsageError, match="nobody"):
-        _store(bucket, "p", profile="nobody").find("k")
+        bucket.store("p", profile="nobody").find("k")
     with pytest.raises(UsageError, match="NoSuchBucket"):
-        dataclasses.replace(_store(bucket, "p"), bucket="not-there-at-all").used_bytes()
+        dataclasses.replace(bucket.store("p"), bucket="not-there-at-all").used_bytes()
 
 
 def test_nobody_answering_is_unavailable(bucket: Bucket) -> None:
     with pytest.raises(UnavailableError, match="s3://"):
-        _store(bucket, "p", endpoint="http://127.0.0.1:9").find("k")
+        bucket.store("p", endpoint="http://127.0.0.1:9").find("k")
 
 
 def test_environment_credentials_do_not_win_over_the_file(

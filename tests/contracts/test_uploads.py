@@ -37,19 +37,9 @@ def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "_PART_BYTES", 5 * _MIB)
 
 
-def _store(bucket: Bucket, prefix: str, **changes: Any) -> S3Store:
-    settings = {
-        "bucket": bucket.name,
-        "prefix": prefix,
-        "endpoint": bucket.endpoint,
-        "credentials_file": str(bucket.credentials),
-    }
-    return S3Store(**{**settings, **changes})
-
-
 @pytest.fixture
 def store(bucket: Bucket, request: pytest.FixtureRequest) -> S3Store:
-    return _store(bucket, "".join(c if c.isalnum() else "-" for c in request.node.name))
+    return bucket.store("".join(c if c.isalnum() else "-" for c in request.node.name))
 
 
 @pytest.fixture
@@ -268,7 +258,7 @@ def test_other_content_of_the_same_size_is_not_taken_for_it(store: S3Store, path
 
 def test_an_answer_that_was_lost_is_looked_up(bucket: Bucket, store: S3Store, path: Path, note: Path) -> None:
     _sent_ahead(store, path, note)
-    other = _store(bucket, store.prefix)
+    other = bucket.store(store.prefix)
     first = iter([True])
 
     def completed_before(params: dict[str, Any], **_: Any) -> None:
@@ -290,7 +280,7 @@ def test_a_store_that_dies_meanwhile_does_not_disturb(
 ) -> None:
     address = urlsplit(bucket.endpoint)
     proxy = Proxy((str(address.hostname), int(address.port or 0)), tmp_path / "mode").start()
-    far = _store(bucket, store.prefix, endpoint=f"http://127.0.0.1:{proxy.port}")
+    far = bucket.store(store.prefix, endpoint=f"http://127.0.0.1:{proxy.port}")
     try:
         with far.ahead(path, _KEY, note=note) as ahead:
             if mode not in ("refuse", "503"):  # which meet who connects
@@ -318,7 +308,7 @@ def test_a_store_that_never_answers_is_not_waited_for_and_its_upload_is_left_to_
 ) -> None:
     _sent_ahead(store, path, note)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        deaf = _store(bucket, store.prefix, endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        deaf = bucket.store(store.prefix, endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
         silent.settimeout(60)
         with deaf.ahead(path, _KEY, note=note):
             connection = silent.accept()[0]  # it has begun: somebody holds the note
@@ -414,7 +404,7 @@ def test_a_killed_process_leaves_no_half_upload_behind_the_next_one(
 
 @pytest.mark.parametrize("way", ["in one request", "in parts", "ahead"])
 def test_a_copy_is_encrypted_with_the_key_of_a_key_server(bucket: Bucket, path: Path, note: Path, way: str) -> None:
-    store = _store(bucket, f"kms-{way.replace(' ', '-')}", encryption="aws:kms", kms_key="backups")
+    store = bucket.store(f"kms-{way.replace(' ', '-')}", encryption="aws:kms", kms_key="backups")
     if way == "ahead":
         _sent_ahead(store, path, note, size=12 * _MIB, parts=2)
     else:
@@ -429,7 +419,7 @@ def test_a_copy_is_encrypted_with_the_key_of_a_key_server(bucket: Bucket, path: 
 
 
 def test_what_was_sent_ahead_is_retained_too(bucket: Bucket, path: Path, note: Path) -> None:
-    store = dataclasses.replace(_store(bucket, "p", retain_days=2, retain_mode="COMPLIANCE"), bucket="locked-ahead")
+    store = dataclasses.replace(bucket.store("p", retain_days=2, retain_mode="COMPLIANCE"), bucket="locked-ahead")
     store._client.create_bucket(Bucket=store.bucket, ObjectLockEnabledForBucket=True)
     with store.ahead(path, _KEY, note=note, retain=True) as ahead:
         _grow(path, 6 * _MIB)
