@@ -227,7 +227,7 @@ class Ahead:
         _give_way()
         try:
             while (part := self._taken()) is not None:
-                self._sent(self._parts.send(self._path, self._upload, part, seen=self._go_on))
+                self._sent(self._send(part))
         except (Exception, SystemExit) as error:
             self.gave_up = self.gave_up or " ".join(str(error).split())[:200]
             self._stop.set()
@@ -236,6 +236,17 @@ class Ahead:
                 self._at_work -= 1
                 if not self._at_work:
                     self._held.close()
+
+    def _send(self, part: Range) -> Part:
+        from botocore.exceptions import ClientError
+
+        try:
+            return self._parts.send(self._path, self._upload, part, seen=self._go_on)
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") != "BadDigest":
+                raise
+        # Its writer went back and wrote over it, as pg_dump does with its table of contents at the end.
+        return self._parts.send(self._path, self._upload, part, seen=self._go_on)
 
     def _taken(self) -> Range | None:
         """The next part that is on disk as a whole; None when no more are to be sent."""

@@ -136,6 +136,25 @@ def test_parts_are_sent_while_the_file_grows_and_nothing_appears_before_it_is_pu
     assert not note.exists()
 
 
+def test_a_part_that_is_written_over_while_it_is_sent_goes_again(store: S3Store, path: Path, note: Path) -> None:
+    written: list[int] = []
+
+    def over(params: dict[str, Any], **_: Any) -> None:
+        if params["PartNumber"] == 1 and not written:
+            written.append(1)
+            with path.open("r+b") as file:
+                file.write(b"pg_dump fills in its table of contents at the end")
+
+    store._client.meta.events.register("before-parameter-build.s3.UploadPart", over)
+    with store.ahead(path, _KEY, note=note) as ahead:
+        _grow(path, 11 * _MIB)
+        _until(lambda: ahead.sent_bytes == 10 * _MIB or bool(ahead.gave_up))
+    assert not ahead.gave_up
+    assert written
+
+    assert _is_stored(store, path, store.put(path, _KEY, sha256=_digest(path), note=note))
+
+
 def test_a_head_that_is_rewritten_after_it_was_sent_is_sent_again(store: S3Store, path: Path, note: Path) -> None:
     _sent_ahead(store, path, note)
     with path.open("r+b") as file:
