@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runbook_lib.errors import PausedError, RunbookError, StepFailedError, UsageError, VerificationError
+from runbook_lib.errors import (
+    FolderLostError,
+    PausedError,
+    RunbookError,
+    StepFailedError,
+    UsageError,
+    VerificationError,
+)
 
 if TYPE_CHECKING:
     from runbook_lib.executor import Outcome
@@ -506,11 +513,34 @@ def abort(
     from runbook_lib import executor, wiring
     from runbook_lib.executor import Outcome
 
-    run = wiring.attach(run_id)
+    try:
+        run = wiring.attach(run_id)
+    except FolderLostError:
+        _close_lost(wiring.ledger_with(run_id)[0], run_id, reason, json=json)
+        return
     stays = executor.abort(run, reason=reason)
     for line in stays:
         _say(f"stays: {line}")
     _finish(run, Outcome(0, f"aborted: {reason}; {len(stays)} things stay", run.state.phase), json=json)
+
+
+def _close_lost(ledger: Ledger, run_id: str, reason: str, *, json: bool) -> None:
+    """End a run in the ledger whose folder is lost: nothing can be looked at or sealed, and its environment is free.
+
+    Raises:
+        PausedError: somebody is at work on it, or may be where nobody can look.
+        UsageError: it has ended.
+    """
+    from runbook_lib import lease
+
+    if ledger.state(run_id).ended:
+        raise UsageError(f"run {run_id} has ended, and its folder is not in outputs/", remedy="runbook list")
+    ledger.append(run_id, "run_ended", {"state": "aborted", "reason": reason}, guard=lease.refuse_live)
+    _say(
+        f"run {run_id} is ended in the ledger; its folder is not here: nobody looked at what it changed, and nothing is sealed"
+    )
+    if json:
+        _print_json({"run": run_id, "state": "aborted", "record": None})
 
 
 def _ledgers() -> Iterator[tuple[Ledger, Params | None]]:
@@ -536,7 +566,7 @@ def _abort_run(ledger: Ledger, run_id: str, reason: str) -> None:
     except RunbookError as error:
         _say(f"run {run_id} could not be sealed: {error}")
         if not ledger.state(run_id).ended:
-            ledger.append(run_id, "run_ended", {"state": "aborted", "reason": reason}, guard=lease.refuse_held)
+            ledger.append(run_id, "run_ended", {"state": "aborted", "reason": reason}, guard=lease.refuse_live)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 RunbookError                 exit code
 ├── UsageError                2   mend the parameters or the command; nothing was started
+│   └── FolderLostError       2   put the run's folder back, or abort the run
 ├── StepFailedError           1   look at the evidence; resume tries again, rollback goes back
 │   ├── UnavailableError      1   nobody answered; trying again is safe
 │   └── DeniedError           1   credentials or rights are wrong; trying again cannot help
@@ -40,6 +41,10 @@ class UsageError(RunbookError):
     """Parameters or usage are wrong; nothing was started."""
 
     exit_code = 2
+
+
+class FolderLostError(UsageError):
+    """The ledger knows a run whose folder is not here, and no store has it."""
 
 
 class StepFailedError(RunbookError):

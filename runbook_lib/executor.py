@@ -127,6 +127,7 @@ def _review(run: Run) -> Outcome:
         recorder_key=run.secrets.path(run.params.record.key),
         trust=run.trust,
     )
+    mirror.push(run)
     return Outcome(0, "the review is signed and stands beside the record", "review")
 
 
@@ -184,15 +185,19 @@ def end(run: Run, state: str, **why: Any) -> None:
 
 
 def close(run: Run) -> None:
-    """Seal an ended run's record if that was not done, and renew the environment's list of runs."""
-    if not (run.folder / "statement.json.sig").exists():
+    """Seal an ended run's record if that was not done, and renew the environment's list of runs.
+
+    Other machines get the seal at once: who reviews the run there must not seal it once more.
+    """
+    if not (run.folder / mirror.SEAL).exists() or not mirror.has_seal(run):
         with lease.held(run):
             _seal(run)
+            mirror.push(run)
     write_index(run)
 
 
 def _seal(run: Run) -> None:
-    if not (run.folder / "statement.json.sig").exists():  # another process may just have done it
+    if not (run.folder / mirror.SEAL).exists():  # another process may just have done it
         inbox = run.folder / "decisions" / "inbox"
         if inbox.is_dir():
             target = run.scratch / "left-in-inbox"

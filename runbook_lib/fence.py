@@ -44,6 +44,9 @@ mkdir -p .runbook && cd .runbook
 exec 9>> lock
 flock -w "$4" 9 || { echo "still at work here: $(cat job 2> /dev/null)" >&2; exit 75; }
 known=$(cat epoch 2> /dev/null || echo 0)
+case $known in
+*[!0-9]* | '') echo "what is in $(pwd)/epoch is no number: look whether anything runs here, then remove it" >&2; exit 69;;
+esac
 [ "$known" -le "$1" ] || { echo "a later executor was here (epoch $known, this one has $1)" >&2; exit 97; }
 cat > "python-$1.new" << EOF
 #!/bin/sh
@@ -56,8 +59,10 @@ chmod 755 "python-$1.new"
 mv "python-$1.new" "python-$1"
 for old in python-*; do [ "$old" = "python-$1" ] || rm -f "$old"; done
 # On disk before anything rests on it, also over a loss of power; an old `sync` knows no files.
-printf '%s\\n' "$1" > epoch.new && { sync epoch.new 2> /dev/null || sync; }
-mv epoch.new epoch && { sync . 2> /dev/null || sync; }
+printf '%s\\n' "$1" > epoch.new
+sync epoch.new 2> /dev/null || sync
+mv epoch.new epoch
+sync . 2> /dev/null || sync
 """
 _STALE, _AT_WORK = 97, 75
 _NO_SSH = 255

@@ -49,6 +49,8 @@ class _Attempt:
     number: int = 0
     inputs: str = ""
     last: str = "none"  # intent, green, failed, reset, blocked
+    epoch: int = 0  # of its intent
+    settles: bool = False  # it only says what became of the attempt before
 
 
 @dataclass(slots=True)
@@ -62,6 +64,10 @@ class _Story:
     rejected: set[tuple[str, int]] = field(default_factory=set)  # gate and round
     rounds: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     epoch: int = 0
+    given_back: int = 0  # the newest epoch whose lease was
+    taking_over: bool = False
+    locked: bool = False
+    back: bool = False  # the way back was asked for
     ended: str = ""
 
 
@@ -95,6 +101,8 @@ def examine(
         ("green once per step and input", lambda: _told(events, _green_once)),
         ("every intent behind its gates", lambda: _told(events, _gates_first)),
         ("epochs never fall", lambda: _told(events, _epochs)),
+        ("nothing is done without the lease and the environment", lambda: _told(events, _held)),
+        ("from a request to go back on there is only the way back", lambda: _told(events, _one_way)),
         ("nothing is left open at the end, and nothing begins after it", lambda: _told(events, _over)),
     ]
     if remembered is not None:
@@ -150,7 +158,9 @@ def _told(events: Sequence[Event], check: Callable[[_Story, Event], None]) -> No
         check(story, event)
         data = event.data
         if event.kind == "step_intent":
-            story.attempts[data["step"]] = _Attempt(data["attempt"], data.get("inputs", ""), "intent")
+            story.attempts[data["step"]] = _Attempt(
+                data["attempt"], data.get("inputs", ""), "intent", data.get("epoch", 0), settles="settles" in data
+            )
         elif event.kind in _STEP_ENDS:
             known = story.attempts.setdefault(data["step"], _Attempt(data["attempt"]))
             known.last = data["status"] if event.kind == "step_outcome" else event.kind.removeprefix("step_")
@@ -164,6 +174,14 @@ def _told(events: Sequence[Event], check: Callable[[_Story, Event], None]) -> No
             story.approvals[data["sha256"]] = (data["gate"], data["round"], data["person"])
         elif event.kind == "gate_decision":
             story.rejected.add((data["gate"], data["round"]))
+        elif event.kind == "lock_taken":
+            story.locked = True
+        elif event.kind == "takeover_begun":
+            story.taking_over = True
+        elif event.kind in ("takeover_done", "lease_released"):
+            story.taking_over, story.given_back = False, data.get("epoch", 0)
+        elif event.kind == "rollback_requested":
+            story.back = True
         elif event.kind == "run_ended":
             story.ended = data["state"]
         story.epoch = max(story.epoch, data.get("epoch", 0))
@@ -235,6 +253,38 @@ def _epochs(story: _Story, event: Event) -> None:
     # Of an earlier version no event has an epoch.
     if event.kind == "step_intent" and event.data.get("epoch") == 0:
         raise _BrokenError(event, f"{event.data['step']} starts, and nobody has ever had the run's lease")
+
+
+def _held(story: _Story, event: Event) -> None:
+    data = event.data
+    if event.kind in ("lease_taken", "step_intent") and story.taking_over:
+        raise _BrokenError(event, "a takeover had begun and not ended")
+    if event.kind == "step_intent" and story.epoch:
+        if story.given_back >= story.epoch:
+            raise _BrokenError(event, f"{data['step']} starts after the lease was given back")
+        if not story.locked and _phase(data["step"]) not in ("prepare", "review"):
+            raise _BrokenError(event, f"{data['step']} starts, and the run does not hold its environment")
+    known = story.attempts.get(data.get("step", ""), _Attempt())
+    # What a later executor writes, it has from the probe, from people, or it puts the attempt back.
+    if event.kind == "step_outcome" and data.get("epoch", 0) != known.epoch and not data.get("settled_by"):
+        raise _BrokenError(event, f"{data['step']} was begun under epoch {known.epoch}, and ends under another one")
+    if event.kind == "step_outcome" and known.settles and known.last == "intent" and not data.get("settled_by"):
+        raise _BrokenError(event, f"{data['step']} only looked at what was there, and is green as if it had acted")
+
+
+def _one_way(story: _Story, event: Event) -> None:
+    data = event.data
+    if event.kind == "step_intent" and story.back and "settles" not in data:
+        if _phase(data["step"]) not in ("rollback", "review"):
+            raise _BrokenError(event, f"{data['step']} starts after the way back was asked for")
+    elif event.kind == "run_ended" and data["state"] == "rolled_back" and not story.back:
+        raise _BrokenError(event, "the run is rolled back, and nobody asked for that")
+    elif event.kind == "run_ended" and data["state"] == "completed" and (story.back or not story.greens):
+        raise _BrokenError(event, "the run is completed, and went back, or did nothing")
+
+
+def _phase(step: str) -> str:
+    return step.partition(".")[0]
 
 
 def _over(story: _Story, event: Event) -> None:

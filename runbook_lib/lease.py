@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from runbook_lib import fence
+from runbook_lib import fence, mirror
 from runbook_lib.adapters import processes
 from runbook_lib.errors import FencedError, LedgerUnavailableError, PausedError, UsageError, VerificationError
 from runbook_lib.model import Status
@@ -45,12 +45,14 @@ def held(run: Run) -> Iterator[None]:
 
     Raises:
         PausedError: another process is, or a takeover has not ended.
+        UnavailableError: another machine has been at it since, and the store that has its files does not answer.
     """
     if run.ledger.epoch is not None:
         yield
         return
     run.ledger.take_lease(run.run_id, processes.me(), guard=refuse_held)
     try:
+        mirror.catch_up(run)
         yield
     finally:
         # What cannot be given back passes on all the same once this process is gone.
@@ -94,6 +96,21 @@ def refuse_held(state: RunState) -> None:
         )
 
 
+def refuse_live(state: RunState) -> None:
+    """See that nobody is at work on a run, as its ledger alone can tell.
+
+    Raises:
+        PausedError: a process is, or may be where nobody can look from here.
+    """
+    refuse_held(state)
+    for intent in in_the_middle(state):
+        if _stands_in_the_way(state, intent):
+            raise PausedError(
+                f"{intent['step']} was started by {named(intent['executor'])}, which lives, or cannot be seen from here",
+                remedy="end that process there, then the same again",
+            )
+
+
 def take_over(run: Run, *, reason: str) -> list[str]:
     """Take the lease from a process that does not give it back; returns the targets that it is shut out of.
 
@@ -112,13 +129,14 @@ def take_over(run: Run, *, reason: str) -> list[str]:
             refuse_held(state)
         except PausedError:
             return
-        if any(_out_of_reach(state, s.intent) for s in state.steps.values() if s.status is Status.RUNNING):
+        if any(_stands_in_the_way(state, intent) for intent in in_the_middle(state)):
             return
         raise UsageError(f"nobody is at work on run {run.run_id}", remedy=f"runbook status {run.run_id}")
 
     state = run.state
     before = state.executor
-    known = [before, *(s.intent["executor"] for s in state.steps.values() if s.status is Status.RUNNING)]
+    standing = (intent for intent in in_the_middle(state) if _stands_in_the_way(state, intent))
+    known = [before, *(intent["executor"] for intent in standing)]
     run.ledger.take_lease(run.run_id, processes.me(), kind="takeover_begun", guard=needed, reason=reason)
     try:
         for process in known:
@@ -132,13 +150,28 @@ def take_over(run: Run, *, reason: str) -> list[str]:
     return fenced
 
 
-def _out_of_reach(state: RunState, intent: Mapping[str, Any]) -> bool:
-    """True when a step stands in the middle and its process cannot be looked at from here, nor is it fenced.
+def in_the_middle(state: RunState) -> list[Mapping[str, Any]]:
+    """The intents of steps that have no outcome; blocked ones too, as older versions did over what was at work."""
+    return [s.intent for s in state.steps.values() if s.status in (Status.RUNNING, Status.BLOCKED)]
 
-    Its executor may have given the lease back: interrupted, or after its kernel died.
-    """
+
+def _stands_in_the_way(state: RunState, intent: Mapping[str, Any]) -> bool:
+    """True when who began a step may still be at it: it lives and hangs here, or cannot be looked at from here."""
     executor = intent["executor"]
-    return not processes.is_here(executor) and state.fenced_below <= intent.get("epoch", 0)
+    if is_me(executor) or _is_over(state, intent):
+        return False
+    return processes.alive(executor) or not processes.is_here(executor)
+
+
+def _is_over(state: RunState, intent: Mapping[str, Any]) -> bool:
+    """True when who began a step cannot be at it any more: it is fenced, or gave its lease back.
+
+    A notebook's kernel lives on after its cell was interrupted. An executor may give the lease back over a kernel that
+    hangs: then it is not the same process. On another machine a command of it may go on, which is not seen from here.
+    """
+    epoch, executor = intent.get("epoch", 0), dict(intent["executor"])
+    gave_back = processes.is_here(executor) and dict(state.released.get(epoch, {})) == executor
+    return gave_back or state.fenced_below > epoch
 
 
 def _end(process: Mapping[str, Any]) -> None:
@@ -166,11 +199,12 @@ def refuse_at_work(run: Run, key: str, intent: Mapping[str, Any], since: str) ->
         PausedError: it is not, or nobody can tell.
     """
     executor = intent["executor"]
-    if is_me(executor) or run.state.fenced_below > intent.get("epoch", 0):
+    if is_me(executor) or _is_over(run.state, intent):
         return
     if not processes.gone_within(executor, _ORPHAN_S):
         raise PausedError(
-            f"{key} is being run by {named(executor)} since {since}", remedy=f"runbook status {run.run_id}"
+            f"{key} is being run by {named(executor)} since {since}",
+            remedy=f"let it end; if it hangs: runbook takeover {run.run_id} --reason TEXT",
         )
     if not processes.is_here(executor):
         raise PausedError(

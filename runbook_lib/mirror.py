@@ -24,6 +24,9 @@ from runbook_lib.run import Run
 from runbook_lib.state import fold
 
 EVENT = "folder_mirrored"
+SEAL = "statement.json.sig"
+# The list that this machine put last, or was about to.
+_PUT = "mirror-list.json"
 # A lock and a pid mean nothing elsewhere, and half-written files mean nothing at all.
 _LEFT_OUT = (".lock", ".part")
 # Several steps of a run may end at the same moment.
@@ -66,7 +69,7 @@ def _push(run: Run, ended: str) -> None:
         listing = canonical_json({"run": run.run_id, "files": files})
         digest = sha256(listing)
         if digest != note["list"]:
-            file = run.scratch / "mirror-list.json"
+            file = run.scratch / _PUT
             write_atomically(file, listing)
             _put(run, file, known)
             run.ledger.append(run.run_id, EVENT, {"sha256": digest, "files": len(files)})
@@ -100,7 +103,8 @@ def fetch(store: ObjectStore, events: Sequence[Event], folder: Path, scratch: Pa
     """Bring a run's folder here as the ledger names it, or bring up to date what another machine left behind.
 
     A file appears whole or not at all, `params.json` last; what only this machine has stays. When this machine was the
-    last at the folder, only what an event names is looked at, and nothing is written over while a step is at work.
+    last at the folder, only what an event names is looked at, and nothing is written over while a step is at work. Of
+    a record that is sealed here nothing is ever written over.
 
     Raises:
         VerificationError: the ledger names no folder, or what the store holds is not what it names.
@@ -115,14 +119,19 @@ def fetch(store: ObjectStore, events: Sequence[Event], folder: Path, scratch: Pa
     scratch.mkdir(parents=True, exist_ok=True)
     files = _listing(store, run_id, listed, scratch)
     named = {path: digest for path, (digest, _) in _named(events).items()}
-    ours = note["list"] == listed and (folder / "params.json").exists()
-    at_work = _at_work(events, folder)
-    for name, wanted in sorted({**files, **named}.items(), key=lambda item: item[0] == "params.json"):
+    ours = _is_ours(scratch, listed) and (folder / "params.json").exists()
+    at_work, sealed = _at_work(events), (folder / SEAL).exists()
+    # What says that the folder is whole comes last.
+    for name, wanted in sorted(
+        {**files, **named}.items(), key=lambda item: (item[0] == "params.json", item[0] == SEAL)
+    ):
         target = folder / name
         if not target.resolve().is_relative_to(folder.resolve()):
             raise VerificationError(f"the mirror's list names {name!r}, which is outside of the run's folder")
         there = target.is_file()
         if there and ours and (name not in named or at_work):
+            continue
+        if there and sealed and not name.startswith("review/"):
             continue
         if there and sha256_file(target) == wanted:
             continue
@@ -142,6 +151,34 @@ def stored(store: ObjectStore, events: Sequence[Event], scratch: Path) -> Callab
         return (behind or not here) and store.find(_key(run_id, digest)) is not None
 
     return holds
+
+
+def catch_up(run: Run) -> None:
+    """Bring the folder up to what another machine left since this process looked; nothing when none was at it.
+
+    Raises:
+        PausedError: what the ledger names is neither here nor in the store.
+        UnavailableError: the store does not answer.
+    """
+    if not is_shared(run.params):
+        return
+    events = run.ledger.events(run.run_id)
+    listed = newest(events)
+    if listed is not None and not _is_ours(run.scratch, listed):
+        fetch(run.services.store, events, run.folder, run.scratch)
+        refuse_missing(run)
+
+
+def has_seal(run: Run) -> bool:
+    """True when other machines get the seal that is here; also when nobody can tell, and for a ledger of one machine."""
+    listed = newest(run.ledger.events(run.run_id)) if is_shared(run.params) else None
+    if listed is None:
+        return True
+    try:
+        files = _listing(run.services.store, run.run_id, listed, run.scratch)
+    except (StepFailedError, VerificationError):
+        return True
+    return files.get(SEAL) == sha256_file(run.folder / SEAL)
 
 
 def refuse_missing(run: Run) -> None:
@@ -168,17 +205,25 @@ def _named(events: Sequence[Event]) -> dict[str, tuple[str, Event]]:
     }
 
 
-def _at_work(events: Sequence[Event], folder: Path) -> bool:
-    """True when a file here may be newer than the event that names it, or must not be written to any more."""
+def _at_work(events: Sequence[Event]) -> bool:
+    """True when a file here may be newer than the event that names it."""
     state = fold(events)
     running = any(step.status is Status.RUNNING for step in state.steps.values())
-    executing = state.executor is not None and processes.alive(state.executor)
-    return running or executing or (folder / "statement.json.sig").exists()
+    return running or (state.executor is not None and processes.alive(state.executor))
+
+
+def _is_ours(scratch: Path, listed: str) -> bool:
+    """True when this machine put that list, though it was stopped before it could note so, or fetched it last."""
+    if _read_note(scratch)["list"] == listed:
+        return True
+    with contextlib.suppress(FileNotFoundError):
+        return sha256_file(scratch / _PUT) == listed
+    return False
 
 
 def _listing(store: ObjectStore, run_id: str, listed: str, scratch: Path) -> Mapping[str, str]:
     # What this machine put last is in the first one, which only `push` writes: its process may be just about to store it.
-    for name in ("mirror-list.json", "mirror-listed.json"):
+    for name in (_PUT, "mirror-listed.json"):
         with contextlib.suppress(FileNotFoundError):
             content = (scratch / name).read_bytes()
             if sha256(content) == listed:

@@ -52,6 +52,7 @@ class RunState:
         executor: the process that holds the lease, None when it was given back.
         taking_over: a takeover has begun and not yet shown that the executor before is dead or fenced.
         fenced_below: executors with a lower epoch can do nothing any more, at no target.
+        released: the process that gave a lease back, by the lease's epoch: what it did under it had ended by then.
         moment: of the newest event.
         clock_jumps: before which event the wall clock was set, and by how many seconds.
         sleeps: before which event the machine that wrote it slept, and for how many seconds.
@@ -71,6 +72,7 @@ class RunState:
     executor: Mapping[str, Any] | None = None
     taking_over: bool = False
     fenced_below: int = 0
+    released: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     rollback: Mapping[str, Any] | None = None
     ended: str = ""
     ended_time: str = ""
@@ -157,7 +159,8 @@ def _apply(state: RunState, event: Event) -> RunState:
         case "lease_taken":
             return replace(state, epoch=data["epoch"], executor=data["executor"])
         case "lease_released":
-            return replace(state, executor=None)
+            released = {**state.released, state.epoch: state.executor or {}}
+            return replace(state, executor=None, released=released)
         case "takeover_begun":
             return replace(state, epoch=data["epoch"], executor=data["executor"], taking_over=True)
         case "takeover_done":

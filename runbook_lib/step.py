@@ -152,7 +152,8 @@ class Step:
         try:
             return self.settled(run)
         except PausedError:
-            if self.waiting is None or not attended or run.state.ended:
+            state = run.state
+            if self.waiting is None or not attended or state.ended or state.rollback is not None:
                 raise
             return self.waiting(run)
         except RunbookError:
@@ -256,6 +257,7 @@ class Step:
             self._refuse_out_of_order(run, state)
         if green is not None:
             return replace(green, status="green")
+        self._refuse_going_back(run, state)
         if known.status is Status.BLOCKED:
             raise _blocked(run, key, known.error)
         with lease.held(run):
@@ -283,6 +285,14 @@ class Step:
                     f"{self.key()} does not start: {earlier.key()} ({earlier.title}) is not green",
                     remedy=f"runbook resume {run.run_id}, or run that cell first",
                 )
+
+    def _refuse_going_back(self, run: Run, state: RunState) -> None:
+        """From the request on there is only the way back: a notebook of the way forth may be open somewhere."""
+        if state.rollback is not None and self.phase not in ("rollback", "review"):
+            raise PausedError(
+                f"{self.key()} does not start: run {run.run_id} goes back ({state.rollback['reason']})",
+                remedy=f"runbook resume {run.run_id} goes on with the way back",
+            )
 
     def _refuse_ended(self, run: Run, state: RunState) -> None:
         if state.ended and self.phase != "review":
@@ -340,6 +350,7 @@ class Step:
                 self._refuse_ended(run, state)
             else:
                 self._refuse_out_of_order(run, state)
+                self._refuse_going_back(run, state)
             if self.phase not in ("prepare", "review") and not state.locked:
                 raise PausedError(f"run {run.run_id} does not hold {run.release.environment}", remedy="run phase 1")
             if self.guard is not None and not settles:
@@ -421,9 +432,10 @@ class Step:
         written, the next executor asks the probe about the same. It acts on nothing, so it needs neither its place
         nor its gates: the way back must not stick behind one that does not stand any more.
         """
+        if self.settle is not None or run.state.locked:  # before that nothing of a run is at its targets
+            self._let_left_over_end(run, key, known)
         if self.settle is None:
             return None
-        self._let_left_over_end(run, key, known)
         again = {name: value for name, value in known.intent.items() if name != "epoch"}
         again |= {"attempt": known.attempt + 1, "executor": processes.me(), "settles": known.attempt}
         try:

@@ -27,7 +27,7 @@ from runbook_lib.adapters.objects import S3Store
 from runbook_lib.adapters.secrets import Secrets
 from runbook_lib.adapters.shell import LocalShell
 from runbook_lib.canonical import canonical_json, digest, sha256_file, write_atomically
-from runbook_lib.errors import LedgerUnavailableError, RunbookError, UsageError
+from runbook_lib.errors import FolderLostError, LedgerUnavailableError, RunbookError, UsageError
 from runbook_lib.ledger import Ledger
 from runbook_lib.model import Release
 from runbook_lib.params import Params
@@ -205,11 +205,15 @@ def attach(run_id: str) -> Run:
 
     Raises:
         UsageError: there is no such run, or its params were changed since.
+        FolderLostError: its folder is neither here nor in a store.
     """
     if not _RUN_ID.fullmatch(run_id):
         raise UsageError(f"{run_id[:80]!r} is no run id", remedy="runbook list")
     found = next((root() / "outputs").glob(f"*/{run_id}/params.json"), None) or _fetched(run_id)
-    data = json.loads(found.read_bytes())
+    try:
+        data = json.loads(found.read_bytes())
+    except ValueError as error:
+        raise UsageError(f"{found} cannot be read: {error}", remedy="restore the file") from error
     params = params_module.check(data, where=f"{run_id}/params.json")
     ledger = ledger_of(params)
     ledger.seen = Seen(run_id, _scratch(params.environment, run_id) / seen.NAME)
@@ -315,11 +319,16 @@ def _fetched(run_id: str) -> Path:
     """The params.json of a run that another machine began, its folder brought here first.
 
     Raises:
-        UsageError: no params file names a shared ledger that knows the run.
+        UsageError: no ledger that is known here knows the run.
+        FolderLostError: one does, and no store has the folder.
     """
     ledger, params = ledger_with(run_id)
-    if params is None or not mirror.is_shared(params):
-        raise UsageError(f"there is no run {run_id}", remedy="runbook list")
+    shared = params is not None and mirror.is_shared(params)
+    if params is None or not shared or mirror.newest(ledger.events(run_id)) is None:
+        raise FolderLostError(
+            f"the folder of run {run_id} is not in outputs/, though the ledger knows the run",
+            remedy=f"put it back, or go on where it is; if it is lost: runbook abort {run_id} --reason TEXT",
+        )
     folder = root() / "outputs" / params.environment / run_id
     scratch = _scratch(params.environment, run_id)
     store = _services(params, Secrets(), scratch, folder).store

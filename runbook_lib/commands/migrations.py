@@ -95,16 +95,19 @@ def reversible(path: Path) -> bool:
     )
 
 
-def transactional(path: Path) -> bool:
-    """True when a migration and its row in schema_migrations are one transaction: both are there or neither.
+def transactional(path: Path, direction: str = "up") -> bool:
+    """True when a migration, or its undo, and its row in schema_migrations are one transaction: both change or neither.
 
     What is not understood is not called one.
+
+    Args:
+        direction: `up` or `down`.
     """
     text = path.read_text()
     if path.suffix == ".rb":
         return "disable_ddl_transaction!" not in text
-    ups = _sections(text, "up")
-    return len(ups) == 1 and re.search(r"\btransaction:\s*false\b", ups[0].partition("\n")[0]) is None
+    found = _sections(text, direction)
+    return len(found) == 1 and re.search(r"\btransaction:\s*false\b", found[0].partition("\n")[0]) is None
 
 
 def _sections(text: str, direction: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from runbook_lib import migration
 from runbook_lib.adapters import processes
+from runbook_lib.clock import boot_id
 from runbook_lib.commands import migrations
 from runbook_lib.errors import StepFailedError, StepInDoubtError
 from runbook_lib.gate import gate_step
@@ -102,10 +103,7 @@ def _refuse_half_done(run: Run, database: str, intent: Mapping[str, Any], name: 
     """
     migration.refuse_while_migrating(run, database)
     pending = migration.pending_versions(run, database)
-    # The command's lock file stands from before its fork on: without one nothing was started here. Whether another
-    # machine had started it, nobody sees from here.
-    begun = not processes.is_here(intent["executor"]) or any((run.folder / intent["children"]).glob(f"{name}.*"))
-    if pending and begun:
+    if pending and begun(run, intent, name):
         files = migrations.versions_in(run.tree(run.release.commit), run.params.migrations.directory)
         if not migrations.transactional(files[pending[0]]):
             raise StepInDoubtError(
@@ -113,6 +111,16 @@ def _refuse_half_done(run: Run, database: str, intent: Mapping[str, Any], name: 
                 remedy="let a DBA look",
             )
     return pending
+
+
+def begun(run: Run, intent: Mapping[str, Any], name: str) -> bool:
+    """False when an attempt had certainly not started its command of this name.
+
+    The command's lock file stands from before its fork on: without one nothing was started here. Whether another
+    machine had started it, nobody sees from here; nor what a machine that lost its power did not write down.
+    """
+    seen = processes.is_here(intent["executor"]) and intent["executor"]["boot"] == boot_id()
+    return not seen or any((run.folder / intent["children"]).glob(f"{name}.*"))
 
 
 @rehearse_on_staging.plan

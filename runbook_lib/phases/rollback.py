@@ -6,13 +6,17 @@ Without a request (`runbook rollback RUN`, or a failed gate where the params say
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import psycopg
 
 from runbook_lib import fence, lease, maintenance, migration, outward
 from runbook_lib.adapters import catalogue, http, processes
-from runbook_lib.errors import DeniedError, PausedError, StepFailedError, UnavailableError
+from runbook_lib.canonical import sha256_file
+from runbook_lib.commands import migrations
+from runbook_lib.errors import DeniedError, PausedError, StepFailedError, StepInDoubtError, UnavailableError
 from runbook_lib.model import Recovery, Status, StepResult
 from runbook_lib.phases import complete, deploy, migrate
 from runbook_lib.run import Run
@@ -200,13 +204,13 @@ def restore_code(run: Run) -> StepResult:
     return StepResult(facts=done or {"code": "was not touched"})
 
 
-@_undo("Put the previous schema back", recovery=Recovery.REPEAT, owner="DBA", timeout_s=1800.0, expected_s=2.0)
+@_undo("Put the previous schema back", recovery=Recovery.PROBE, owner="DBA", timeout_s=1800.0, expected_s=2.0)
 def restore_schema(run: Run) -> StepResult:
     """Undo exactly the migrations that this release applied, newest first; never one of the previous release's.
 
     It worked when schema_migrations is what was recorded before. Each undo looks at the newest row first, so a second
-    run goes on where the first stopped. What may be half done outside a transaction is a person's to settle first:
-    no undo is written for that. A dump is never restored from here.
+    run goes on where the first stopped. What may be half done outside a transaction, a migration or an undo, is a
+    person's to settle first: no undo is written for that. A dump is never restored from here.
     """
     if touched(run, "migrate.migrate_production"):
         migrate.migrate_production.settle_left_over(run)
@@ -233,14 +237,40 @@ def restore_schema(run: Run) -> StepResult:
     )
 
 
+@restore_schema.probe
+def _undone(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
+    """Nothing is taken for done: an undo and its row are one transaction, and the rows tell where to go on.
+
+    Where they are not, the section may be done and its row still there: once more would undo it twice.
+    """
+    production = run.params.database.production
+    migration.refuse_while_migrating(run, production)
+    left = schema_difference(run)
+    if left and migrate.begun(run, intent, f"undo-{left[0]}"):
+        files = migrations.versions_in(run.tree(run.release.commit), run.params.migrations.directory)
+        if left[0] in files and not migrations.transactional(files[left[0]], "down"):
+            raise StepInDoubtError(
+                f"the undo of {files[left[0]].name} runs outside a transaction and may be done, or half done, in "
+                f"{production}, while its row is still in schema_migrations",
+                remedy="let a DBA look, and remove the row where it is done",
+            )
+    return None
+
+
 def _compared(run: Run, facts: dict[str, object]) -> StepResult:
     """The facts with whether the schema is as before; what no migration's undo puts back is named, and is not green.
 
-    It is no failure: a partition that came by itself is such a difference, and users wait to be let in.
+    It is no failure: a partition that came by itself is such a difference, and users wait to be let in. Nor is a
+    recorded schema that is lost or another one: nobody can compare with it.
     """
-    recorded = run.folder / "artifacts" / migrate.SCHEMA_BEFORE
-    if not recorded.is_file():  # recorded by an older version
+    result = run.state.step("migrate.record_schema").result
+    kept = next((a for a in result.artifacts if a.path.endswith(migrate.SCHEMA_BEFORE)), None) if result else None
+    if kept is None:  # recorded by an older version
         return StepResult(facts={**facts, "schema": "its migrations are as before; its objects were not recorded"})
+    recorded = run.folder / kept.path
+    if not recorded.is_file() or sha256_file(recorded) != kept.sha256:
+        said = f"its migrations are as before; its objects cannot be compared: {kept.path} is not what was recorded"
+        return StepResult(facts={**facts, "schema": said}, verdict="inconclusive")
     now = migration.schema_objects(run, run.params.database.production)
     found = catalogue.differences(json.loads(recorded.read_text()), now)
     if not found:

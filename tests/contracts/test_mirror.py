@@ -5,17 +5,19 @@ from __future__ import annotations
 import errno
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from runbook_lib import executor, mirror
+from runbook_lib import executor, lease, mirror
 from runbook_lib.adapters import processes
 from runbook_lib.adapters.objects import S3Store
 from runbook_lib.canonical import canonical_json, sha256
 from runbook_lib.errors import PausedError, StepFailedError, VerificationError
+from runbook_lib.ledger import Ledger
 from runbook_lib.model import Artifact, Event, StepResult
 from runbook_lib.phases import prepare
 from runbook_lib.ports import Stored
@@ -341,3 +343,84 @@ def test_nothing_goes_forward_on_a_file_that_is_nowhere(shared: OpenRun) -> None
         PausedError, match=r"artifacts/lost\.json, which event \d+ names, is neither here nor in the store"
     ):
         executor.go(run)
+
+
+def on_another_machine(run: Run, folder: Path) -> Run:
+    """The run as another machine has it, fetched now."""
+    there = replace(run, folder=folder / "run", scratch=folder / "scratch", ledger=Ledger(run.ledger.url))
+    mirror.fetch(there.services.store, there.ledger.events(run.run_id), there.folder, there.scratch)
+    return there
+
+
+def test_a_kernel_that_stays_open_while_another_machine_goes_on_has_what_that_one_left(
+    shared: OpenRun, tmp_path: Path
+) -> None:
+    here = shared()
+    (here.folder / "notebooks").mkdir()
+    (here.folder / "notebooks" / "00.ipynb").write_text("as it was here")
+    mirror.push(here)
+    there = on_another_machine(here, tmp_path)
+    with lease.held(there):
+        kept = there.keep("two.json", "{}")
+        (there.folder / "notebooks" / "00.ipynb").write_text("as it went on there")
+        mirror.push(there)
+
+    with lease.held(here):
+        assert (here.folder / kept.path).read_text() == "{}"
+        mirror.push(here)
+
+    third = on_another_machine(here, tmp_path / "third")
+    assert (third.folder / "notebooks" / "00.ipynb").read_text() == "as it went on there"
+
+
+def test_a_list_that_was_put_and_not_noted_is_not_taken_for_another_machines(shared: OpenRun) -> None:
+    here = shared()
+    (here.folder / "walked.ipynb").write_text("old")
+    mirror.push(here)
+    (here.scratch / "mirrored.json").unlink()
+    (here.folder / "walked.ipynb").write_text("newer than the list")
+
+    with lease.held(here):
+        assert (here.folder / "walked.ipynb").read_text() == "newer than the list"
+
+
+def test_a_record_is_sealed_once_and_reviewed_elsewhere(shared: OpenRun, tmp_path: Path) -> None:
+    here = shared()
+    executor.abort(here, reason="enough")
+    sealed = {path: path.read_bytes() for path in here.folder.rglob("*") if path.is_file()}
+
+    there = on_another_machine(here, tmp_path)
+    executor.close(there)
+    with lease.held(there):
+        (there.folder / "review").mkdir(exist_ok=True)
+        (there.folder / "review" / "08_review.ipynb").write_text("looked back")
+        mirror.push(there)
+    mirror.fetch(here.services.store, here.ledger.events(here.run_id), here.folder, here.scratch)
+
+    assert (there.folder / mirror.SEAL).read_bytes() == (here.folder / mirror.SEAL).read_bytes()
+    assert {path: path.read_bytes() for path in sealed} == sealed
+    assert (here.folder / "review" / "08_review.ipynb").read_text() == "looked back"
+
+
+def test_what_another_machine_has_sealed_otherwise_is_not_written_over_here(store: S3Store, tmp_path: Path) -> None:
+    first = mirrored(store, {"params.json": b"{}", "index.html": b"page", mirror.SEAL: b"sealed here"})
+    mirror.fetch(store, first, tmp_path / "run", tmp_path / "scratch")
+    other = {"params.json": b"{}", "index.html": b"another", mirror.SEAL: b"sealed there", "review/a.md": b"seen"}
+    (listed,) = mirrored(store, other)
+
+    mirror.fetch(store, [*first, replace(listed, seq=2)], tmp_path / "run", tmp_path / "scratch")
+
+    assert (tmp_path / "run" / "index.html").read_bytes() == b"page"
+    assert (tmp_path / "run" / mirror.SEAL).read_bytes() == b"sealed here"
+    assert (tmp_path / "run" / "review" / "a.md").read_bytes() == b"seen"
+
+
+def test_a_seal_that_the_store_did_not_take_is_brought_later(shared: OpenRun) -> None:
+    here = shared()
+    store: Any = here.services.store
+    answering, store.endpoint = store.endpoint, "http://127.0.0.1:9"
+    executor.abort(here, reason="enough")
+    assert (here.folder / mirror.SEAL).exists()
+    store.endpoint, store._known = answering, None
+    mirror.push(here)  # what was there before the end, as any step would have put it
+    assert mirror.has_seal(here)

@@ -359,7 +359,7 @@ def test_a_migration_outside_a_transaction_that_another_machine_left_is_not_begu
 ) -> None:
     from runbook_lib.commands import migrations
 
-    monkeypatch.setattr(migrations, "transactional", lambda _path: False)
+    monkeypatch.setattr(migrations, "transactional", lambda *_: False)
     before = applied_versions(locked, locked.params.database.production)
     with stalled(locked, "migrate.migrate_production", "dbmate") as old:
         old.kill()

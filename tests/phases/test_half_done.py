@@ -43,7 +43,7 @@ def half_done(opened: Open, tmp_path: Path, twin: dict[str, Any], monkeypatch: p
             "-c 'ALTER TABLE orders ADD COLUMN half int'\nexec sleep 600\n"
         )
         tool.chmod(0o755)
-        monkeypatch.setattr(migrations, "transactional", lambda _path: False)
+        monkeypatch.setattr(migrations, "transactional", lambda *_: False)
         run = opened(migrations__executable=str(tool), migrations__timeout_s="3").run
         run.ledger.take_lock(run.run_id, "rehearsal")
         return run
@@ -135,6 +135,58 @@ def test_a_schema_that_was_migrated_and_taken_back_is_as_before(opened: Open) ->
     assert len(found.facts["undone now, newest first"]) > 0
     assert (found.facts["schema"], found.verdict) == ("as before", "green")
     assert applied_versions(run, run.params.database.production) == before
+
+
+def test_an_undo_that_may_be_done_while_its_row_is_still_there_is_not_done_twice(
+    opened: Open,  # noqa: F811
+    tmp_path: Path,
+    twin: dict[str, Any],  # noqa: F811
+) -> None:
+    """Outside a transaction its section comes first and its row goes afterwards: ended in between, only people can tell."""
+    d = twin["database"]
+    tool = tmp_path / "half"
+    tool.write_text(
+        f'#!/bin/sh\ncase "$*" in *rollback*) psql -h 127.0.0.1 -p {d["port"]} -U {d["migrate_role"]} {d["production"]} '
+        f"-c 'DROP INDEX orders_by_customer'; exec sleep 600;; esac\nexec {twin['dbmate']} \"$@\"\n"
+    )
+    tool.chmod(0o755)
+    run = opened(migrations__executable=str(tool), migrations__timeout_s="6").run
+    run.ledger.take_lock(run.run_id, "rehearsal")
+    before = migrate.record_schema(run).facts["versions"]
+    migrate.migrate_production(run)
+    newest = applied_versions(run, d["production"])[-1]
+    file = migrations.versions_in(run.tree(run.release.commit), run.params.migrations.directory)[newest]
+    file.write_text(file.read_text().replace("migrate:down", "migrate:down transaction:false"))
+    run.ledger.append(run.run_id, "rollback_requested", {"reason": "test"})
+    with pytest.raises(StepFailedError, match="was ended after 6 s"):
+        rollback.restore_schema(run)
+    tool.write_text(f'#!/bin/sh\nexec {twin["dbmate"]} "$@"\n')
+
+    with pytest.raises(StepInDoubtError, match=rf"the undo of {newest}.* may be done, or half done"):
+        rollback.restore_schema(run)
+
+    assert [path.name for path in (run.folder / "logs" / "rollback.restore_schema").iterdir()] == ["1"]
+    with admin(run) as session:  # what a DBA does who finds it done
+        session.execute("DELETE FROM schema_migrations WHERE version = %s", (newest,))
+    run.ledger.append(
+        run.run_id, "step_reset", {"step": "rollback.restore_schema", "attempt": 2, "why": "the rest is not done"}
+    )
+    assert rollback.restore_schema(run).facts["schema"] == "as before"
+    assert applied_versions(run, d["production"]) == before
+
+
+def test_a_recorded_schema_that_is_lost_is_not_as_before(opened: Open) -> None:  # noqa: F811
+    run = opened().run
+    run.ledger.take_lock(run.run_id, "rehearsal")
+    (kept,) = migrate.record_schema(run).artifacts
+    migrate.migrate_production(run)
+    run.ledger.append(run.run_id, "rollback_requested", {"reason": "test"})
+    (run.folder / kept.path).write_text("{}")
+
+    found = rollback.restore_schema(run)
+
+    assert found.facts["schema"].endswith(f"its objects cannot be compared: {kept.path} is not what was recorded")
+    assert found.verdict == "inconclusive"
 
 
 def test_every_kind_of_object_that_comes_goes_or_changes_is_named(half: Run) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from runbook_lib import archive, executor
+from runbook_lib import archive, cli, executor, lease, wiring
 from runbook_lib.adapters import processes
-from runbook_lib.errors import PausedError, UsageError
+from runbook_lib.errors import FolderLostError, PausedError, UsageError
+from runbook_lib.model import Status
+from runbook_lib.phases import rollback
 from runbook_lib.run import Run
 from tests.project import wait_until
-from tests.unit.test_step import KEY, begun, gone
+from tests.unit.test_step import KEY, Acts, another, begun, gone
 
 
 @pytest.fixture
@@ -88,3 +94,117 @@ def test_a_signature_whose_statement_was_never_written_does_not_spoil_the_record
 
     assert not orphan.exists()
     assert [check for check in archive.verify(left.folder, left.trust) if not check.ok] == []
+
+
+@pytest.fixture
+def kernel() -> Iterator[dict[str, Any]]:
+    """A notebook's kernel that lives on when its cell has ended."""
+    child = subprocess.Popen(("sleep", "600"))
+    yield processes.of(child.pid)
+    child.kill()
+    child.wait()
+
+
+def interrupted(run: Run, kernel: Mapping[str, Any], *, gives_back: bool = True, blocked: bool = False) -> None:
+    """What an interrupted cell leaves in the ledger."""
+    ledger = another(run)
+    ledger.take_lease(run.run_id, dict(kernel))
+    ledger.take_lock(run.run_id, "staging")
+    intent = {"step": KEY, "phase": "prepare", "attempt": 1, "executor": dict(kernel), "children": "logs/x"}
+    ledger.append(run.run_id, "step_intent", {**intent, "pre_state": {}})
+    if blocked:
+        ledger.append(run.run_id, "step_blocked", {"step": KEY, "attempt": 1, "why": "half done"})
+    if gives_back:
+        ledger.append(run.run_id, "lease_released", {})
+
+
+def test_a_step_that_was_interrupted_in_a_kernel_that_lives_on_is_gone_on_with_from_elsewhere(
+    run_with_database: Run, kernel: dict[str, Any]
+) -> None:
+    interrupted(run_with_database, kernel)
+
+    assert Acts().step()(run_with_database).status == "green"
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["interrupted", "blocked"])
+def test_a_kernel_that_lives_on_holds_up_neither_the_way_back_nor_the_end(
+    run_with_database: Run, kernel: dict[str, Any], blocked: bool
+) -> None:
+    interrupted(run_with_database, kernel, blocked=blocked)
+
+    rollback.let_interrupted_end(run_with_database)
+    executor.abort(run_with_database, reason="enough")
+
+    assert run_with_database.state.ended == "aborted"
+
+
+def test_a_kernel_that_hangs_while_its_executor_is_gone_is_ended_by_a_takeover(
+    run_with_database: Run, kernel: dict[str, Any]
+) -> None:
+    run, ledger = run_with_database, another(run_with_database)
+    ledger.take_lease(run.run_id, gone())
+    begun_by = {"step": KEY, "phase": "prepare", "attempt": 1, "executor": kernel, "children": "logs/x"}
+    ledger.append(run.run_id, "step_intent", {**begun_by, "pre_state": {}})
+    with pytest.raises(PausedError, match=rf"if it hangs: runbook takeover {run.run_id}"):
+        Acts().step()(run)
+
+    lease.take_over(run, reason="it hangs")
+
+    assert not processes.alive(kernel)
+    assert Acts().step()(run).status == "green"
+
+
+def test_a_blocked_step_of_a_lost_machine_is_taken_over(run: Run) -> None:
+    elsewhere = {**processes.me(), "host": "lost"}
+    interrupted(run, elsewhere, gives_back=False, blocked=True)
+    run.ledger.append(run.run_id, "run_ended", {"state": "aborted"})  # its targets are free, and not asked
+
+    lease.take_over(run, reason="its machine burned")
+    rollback.let_interrupted_end(run)
+
+    assert run.state.step(KEY).status is Status.BLOCKED
+
+
+def test_a_run_whose_folder_is_lost_is_ended_in_the_ledger(
+    run: Run, kernel: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUNBOOK_HOME", str(run.root))
+    run.ledger.take_lock(run.run_id, "staging")
+    begun(run, kernel)
+    shutil.rmtree(run.folder)
+    with pytest.raises(FolderLostError, match=rf"is lost: runbook abort {run.run_id} --reason TEXT"):
+        wiring.attach(run.run_id)
+    with pytest.raises(PausedError, match="which lives"):
+        cli.abort(run.run_id, reason="the disk is gone")
+    os.kill(kernel["pid"], signal.SIGKILL)
+    assert processes.gone_within(kernel, 10.0)
+
+    cli.abort(run.run_id, reason="the disk is gone")
+
+    assert "nobody looked at what it changed" in capsys.readouterr().err
+    assert run.ledger.live_run("staging") is None
+    with pytest.raises(UsageError, match="has ended, and its folder is not in outputs/"):
+        cli.abort(run.run_id, reason="again")
+
+
+@pytest.mark.parametrize("left", ["", "{"])
+def test_params_that_were_cut_are_told(run: Run, monkeypatch: pytest.MonkeyPatch, left: str) -> None:
+    monkeypatch.setenv("RUNBOOK_HOME", str(run.root))
+    (run.folder / "params.json").write_text(left)
+
+    with pytest.raises(UsageError, match=r"params.json cannot be read: .* Next: restore the file"):
+        wiring.attach(run.run_id)
+
+
+def test_a_kernel_that_hangs_under_an_executor_that_ended_is_not_over(
+    run_with_database: Run, kernel: dict[str, Any]
+) -> None:
+    """The executor gave the lease back; its kernel did not, and may wake up."""
+    run, ledger = run_with_database, another(run_with_database)
+    ledger.take_lease(run.run_id, gone())
+    intent = {"step": KEY, "phase": "prepare", "attempt": 1, "executor": kernel, "children": "logs/x", "pre_state": {}}
+    ledger.append(run.run_id, "step_intent", intent)
+    ledger.append(run.run_id, "lease_released", {})
+
+    with pytest.raises(PausedError, match="is being run by"):
+        Acts().step()(run)

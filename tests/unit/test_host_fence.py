@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runbook_lib import fence
-from runbook_lib.errors import FencedError, PausedError
+from runbook_lib.errors import FencedError, PausedError, StepFailedError
 from runbook_lib.run import Run
 from tests.project import wait_until
 
@@ -28,6 +28,25 @@ def test_a_lower_epoch_is_refused_by_the_host(run: Run) -> None:
 
     with pytest.raises(FencedError, match=r"a later executor was here \(epoch 7, this one has 6\)"):
         raised(run, 6)
+
+
+@pytest.mark.parametrize("left", ["", "12 34", "a"])
+def test_who_was_last_at_a_host_is_not_guessed_from_an_epoch_that_is_no_number(run: Run, left: str) -> None:
+    file = raised(run, 7).parent / "epoch"
+    file.write_text(left)
+
+    with pytest.raises(StepFailedError, match=r"what is in .*/epoch is no number: look whether anything runs here"):
+        raised(run, 8)
+    assert file.read_text() == left
+
+
+def test_an_epoch_that_cannot_be_written_leaves_the_one_before(run: Run) -> None:
+    file = raised(run, 7).parent / "epoch"
+    (file.parent / "epoch.new").symlink_to("/dev/full")
+
+    with pytest.raises(StepFailedError):
+        raised(run, 8)
+    assert file.read_text() == "7\n"
 
 
 def test_a_module_of_a_stale_executor_that_waited_for_the_lock_does_not_start(run: Run) -> None:

@@ -102,6 +102,33 @@ def test_after_the_end_a_green_step_is_still_shown_and_no_other_one_starts(run: 
     assert acts.times == 1
 
 
+def test_from_a_request_to_go_back_on_no_step_of_the_way_forth_starts(run: Run) -> None:
+    acts = Acts()
+    before, after = acts.step(), acts.step()
+    after.name = "after"
+    first = before(run)
+    run.ledger.append(run.run_id, "rollback_requested", {"reason": "it is slow", "exit_code": 1})
+
+    with pytest.raises(PausedError, match=rf"goes back \(it is slow\). Next: runbook resume {run.run_id}"):
+        after(run)
+    assert before(run).facts == first.facts
+    assert acts.times == 1
+
+
+def test_a_request_to_go_back_that_comes_meanwhile_is_seen_before_the_intent(run: Run) -> None:
+    acts = Acts()
+    made = acts.step()
+
+    @made.pre_state
+    def _(run: Run) -> Mapping[str, Any]:
+        another(run).append(run.run_id, "rollback_requested", {"reason": "it is slow", "exit_code": 1})
+        return {}
+
+    with pytest.raises(PausedError, match="goes back"):
+        made(run)
+    assert (acts.times, run.state.step(KEY).attempt) == (0, 0)
+
+
 def test_no_step_starts_before_the_one_in_front_of_it_is_green(run: Run) -> None:
     front, acts = Acts().step(), Acts()
     front.name = "front"
@@ -420,6 +447,30 @@ def test_a_step_whose_process_still_runs_is_left_to_it(run_with_database: Run, m
         finally:
             other.kill()
     assert acts.step()(run).status == "green"
+
+
+def test_what_a_failed_attempt_left_running_has_ended_before_the_next_one(run_with_database: Run) -> None:
+    run = run_with_database
+    run.ledger.take_lock(run.run_id, "staging")
+    folder = run.folder / "logs" / "backup.act" / "1"
+    seen: list[bool] = []
+
+    def act(run: Run) -> None:
+        seen.append((folder / "effect").exists())
+        if len(seen) == 1:
+            left = subprocess.Popen(("sh", "-c", f"sleep 1; touch {folder}/effect"))
+            started = processes.start_time(left.pid)
+            (folder / "left.pid").write_text(f"{left.pid} {started} {processes.boot_id()}\n")
+            raise StepFailedError("its time-out ended it")
+
+    folder.mkdir(parents=True)
+    made = Acts(act).step("backup")
+    with pytest.raises(StepFailedError):
+        made(run)
+
+    made(run)
+
+    assert seen == [False, True]
 
 
 def test_a_command_that_outlived_its_executor_has_ended_before_the_probe_looks(run_with_database: Run) -> None:
