@@ -53,6 +53,23 @@ def put(run: Run, path: Path, digest: str) -> Stored:
     return run.services.store.put(path, key, sha256=digest, retain=True, note=_note(run, path))
 
 
+def put_manifest(run: Run, path: Path) -> dict[str, Any]:
+    """Store the manifest under a key that names its content, and read it back: another one never takes its place.
+
+    Returns:
+        JSON: `key`, `version_id`, `sha256`, `bytes`, `encryption`, `retained_until`, as the store states them.
+    """
+    digest = sha256_file(path)
+    key = manifest_key(run, digest)
+    run.services.store.put(path, key, sha256=digest, retain=True)
+    return _read_one_back(run, path, key, digest)
+
+
+def manifest_key(run: Run, digest: str) -> str:
+    """The key of the manifest in the store."""
+    return f"{run.run_id}/manifest-{digest}.json"
+
+
 def _note(run: Run, final: Path) -> Path:
     return on_disk.scratch(run) / f"{final.name}.upload"
 
@@ -74,7 +91,7 @@ def read_back(run: Run) -> StepResult:
     service = run.services.store
     total, before = sum(path.stat().st_size for path, _ in copies(run)), service.received_bytes
     with progress.told(run.scratch, "copies read back", lambda: service.received_bytes - before, total=total):
-        found = at_once(run, lambda path, digest: _read_one_back(run, path, digest))
+        found = at_once(run, lambda path, digest: _read_one_back(run, path, remote_key(run, path), digest))
     duration_s = time.monotonic() - began
     kept = run.keep("backup/off_site.json", json.dumps(found, indent=1) + "\n")
     store = run.params.backup.store
@@ -92,11 +109,11 @@ def read_back(run: Run) -> StepResult:
     return StepResult(facts=facts, artifacts=(kept,))
 
 
-def _read_one_back(run: Run, path: Path, digest: str) -> dict[str, Any]:
+def _read_one_back(run: Run, path: Path, key: str, digest: str) -> dict[str, Any]:
     store, wanted = run.services.store, run.params.backup.store
-    stored = store.find(remote_key(run, path))
+    stored = store.find(key)
     if stored is None:
-        raise StepFailedError(f"{remote_key(run, path)} is not in the store", remedy=f"runbook resume {run.run_id}")
+        raise StepFailedError(f"{key} is not in the store", remedy=f"runbook resume {run.run_id}")
     if wanted.encryption is not None and stored.encryption != wanted.encryption:
         raise StepFailedError(
             f"{stored.key} is stored with encryption {stored.encryption}, not {wanted.encryption}",
@@ -140,17 +157,16 @@ def proof_of(run: Run) -> dict[str, Any]:
 
 def loss_window(run: Run) -> dict[str, Any]:
     """What a restore would lose: from the snapshot on."""
+    return {"since": fact(run, on_disk.DUMP, "taken at"), "lsn": fact(run, on_disk.DUMP, "lsn")}
+
+
+def written_since(run: Run) -> tuple[str, int]:
+    """The LSN where the server is now, and how many bytes of log it has written since the snapshot."""
     params, lsn = run.params.database, fact(run, on_disk.DUMP, "lsn")
     with run.services.database.connect(
         params.backup_role, params.production, application=f"{run.session_name}: loss window"
     ) as connection:
-        now, written = inventory.written_since(connection, lsn)
-    return {
-        "since": fact(run, on_disk.DUMP, "taken at"),
-        "lsn": lsn,
-        "lsn_now": now,
-        "written_bytes": written,
-    }
+        return inventory.written_since(connection, lsn)
 
 
 def age_s(run: Run) -> float:

@@ -407,12 +407,16 @@ def _(run: Run) -> list[tuple[str, ...]]:
 
 @step(
     "Compare the hashes: source, local, off site",
-    recovery=Recovery.REPEAT,  # reads, and writes the same manifest again
+    recovery=Recovery.REPEAT,  # reads, writes the same manifest again, and stores it under its digest, once
     owner="Ops",
     expected_s=2.0,
+    way_back="the copies are kept",
 )
 def compare_hashes(run: Run) -> StepResult:
-    """One manifest that names every file with its digests here and there, what the database held, and how the proof ended."""
+    """One manifest that names every file with its digests here and there, what the database held, and how the proof ended.
+
+    It says nothing that is of this moment only: made again it is the same, byte for byte, here and off site.
+    """
     remote = {copy["file"]: copy for copy in json.loads((run.folder / "artifacts/backup/off_site.json").read_bytes())}
     hosts = {on_disk.archive_path(run, host).name: host for host in _hosts(run)}
     dump, entries, unequal = on_disk.dump_path(run), [], []
@@ -442,7 +446,7 @@ def compare_hashes(run: Run) -> StepResult:
             }
         )
     proof = off_site.proof_of(run)
-    loss = off_site.loss_window(run)
+    loss, (lsn_now, written_bytes) = off_site.loss_window(run), off_site.written_since(run)
     manifest = {
         "run": run.run_id,
         "environment": run.release.environment,
@@ -461,7 +465,7 @@ def compare_hashes(run: Run) -> StepResult:
         "backup": f"source = local = S3 for {len(entries) - len(unequal)} of {len(entries)} files, restore "
         f"{'proved' if proof['equal'] else 'not proved'}, {proof['tables']:,} tables, {proof['rows']:,} rows",
         "not covered": proof["not_covered"],
-        "loss window": f"since {loss['since']}, LSN {loss['lsn']}; {loss['written_bytes']:,} bytes of log until now",
+        "loss window": f"since {loss['since']}, LSN {loss['lsn']}; {written_bytes:,} bytes of log until LSN {lsn_now}",
         "age": f"{age_s:.0f} s, at most {run.params.backup.max_age_s:.0f} s",
         "sha256": {str(entry["file"]): entry["source_sha256"] for entry in entries},
         "unequal": unequal,
@@ -471,14 +475,19 @@ def compare_hashes(run: Run) -> StepResult:
         error = StepFailedError(f"the backup does not stand: {why}", remedy="abort this run and open a new one")
         error.result = StepResult(facts=facts, artifacts=(kept,), verdict="red")
         raise error
+    # The last effect: what is off site is the manifest of a backup that stands.
+    copy = off_site.put_manifest(run, run.folder / kept.path)
+    facts["manifest off site"] = {name: copy[name] for name in ("key", "version_id", "retained_until")}
     return StepResult(facts=facts, artifacts=(kept,))
 
 
 @compare_hashes.plan
 def _(run: Run) -> list[tuple[str, ...]]:
+    store = run.params.backup.store
+    compared = (on_disk.dump_paths(run)[".dump"], *(_planned_archive(run, host) for host in _hosts(run)))
     return [
-        ("call", f"sha256 of {path.name}")
-        for path in (on_disk.dump_paths(run)[".dump"], *(_planned_archive(run, host) for host in _hosts(run)))
+        *(("call", f"sha256 of {path.name}") for path in compared),
+        ("call", f"put manifest.json to s3://{store.bucket}/{store.prefix}/{off_site.manifest_key(run, 'SHA256')}"),
     ]
 
 
