@@ -12,13 +12,16 @@ from typing import Any
 
 from runbook_lib import backup_files as on_disk
 from runbook_lib import progress
-from runbook_lib.adapters import inventory
+from runbook_lib.adapters import inventory, processes
 from runbook_lib.canonical import sha256_file
 from runbook_lib.clock import Moment
-from runbook_lib.errors import StepFailedError
+from runbook_lib.errors import RunbookError, StepFailedError, UsageError
 from runbook_lib.model import StepResult
 from runbook_lib.ports import Ahead, Stored
 from runbook_lib.run import Run
+
+_COPIED = "backup.replicate_off_site"
+_NOTE = ".upload"
 
 
 def copies(run: Run) -> list[tuple[Path, str]]:
@@ -71,7 +74,33 @@ def manifest_key(run: Run, digest: str) -> str:
 
 
 def _note(run: Run, final: Path) -> Path:
-    return on_disk.scratch(run) / f"{final.name}.upload"
+    return on_disk.scratch(run) / f"{final.name}{_NOTE}"
+
+
+def drop_unfinished(run: Run) -> None:
+    """Drop what was sent of copies that will never be made: the run ends. A store that does not answer ends it too, and is noted."""
+    notes = list((run.scratch / "backup").glob(f"*{_NOTE}"))
+    if not notes and not _sent_elsewhere(run):
+        return
+    try:
+        run.services.store.drop_unfinished(f"{run.run_id}/")
+    except (StepFailedError, UsageError, OSError) as error:
+        said = error.message if isinstance(error, RunbookError) else str(error)
+        text = (
+            f"parts of this run's copies may be left in the store, where the next backup drops them in a week: {said}"
+        )
+        run.ledger.append(run.run_id, "note", {"text": text[:1000]})
+    else:
+        for note in notes:
+            note.unlink(missing_ok=True)
+
+
+def _sent_elsewhere(run: Run) -> bool:
+    """True when another machine may have sent something that was never copied: its notes are there."""
+    state = run.state
+    made = [step for key, step in state.steps.items() if key == on_disk.DUMP or key.startswith(on_disk.archive_key(""))]
+    there = [step.intent["executor"] for step in made if step.intent.get("executor")]
+    return not state.green(_COPIED) and any(not processes.is_here(executor) for executor in there)
 
 
 def at_once(run: Run, work: Callable[[Path, str], Any]) -> list[Any]:

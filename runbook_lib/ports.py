@@ -154,7 +154,13 @@ class ObjectStore(Protocol):
         """True when the bucket keeps what is written over or deleted."""
 
     def used_bytes(self) -> int:
-        """All versions stored in the bucket, in bytes."""
+        """All versions stored in the bucket, and the parts of uploads that are no object yet, in bytes."""
+
+    def drop_unfinished(self, prefix: str) -> int:
+        """End every upload below `prefix` that is no object yet, with its parts; returns how many there were.
+
+        It does not wait long for a store that is silent.
+        """
 
 
 class Repository(Protocol):

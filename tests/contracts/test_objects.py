@@ -309,6 +309,35 @@ def test_used_bytes_counts_every_version(store: S3Store, tmp_path: Path) -> None
     assert store.used_bytes() == before + 2000
 
 
+def test_parts_that_are_no_object_yet_are_counted_and_dropped(
+    bucket: Bucket, store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3, before = store._client, store.used_bytes()
+    names = [f"{store.prefix}/{key}" for key in ("run/one", "run/two", "run-2/one")]
+    uploads_of = {name: s3.create_multipart_upload(Bucket=store.bucket, Key=name)["UploadId"] for name in names}
+    for name, upload in uploads_of.items():
+        s3.upload_part(Bucket=store.bucket, Key=name, UploadId=upload, PartNumber=1, Body=b"x" * (5 << 20))
+    assert store.used_bytes() == before + 3 * (5 << 20)
+
+    assert store.drop_unfinished("run/") == 2
+
+    assert [upload["Key"] for upload in _half(store)] == names[2:]
+    assert store.used_bytes() == before + (5 << 20)
+    # Between the list and the look at one of it, that one is dropped by somebody else.
+    listed = S3Store._unfinished
+    other = bucket.store(store.prefix)
+
+    def dropped_meanwhile(self: S3Store, *words: Any) -> list[Any]:
+        found = listed(self, *words)
+        for upload in found:
+            s3.abort_multipart_upload(Bucket=store.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        return found
+
+    monkeypatch.setattr(S3Store, "_unfinished", dropped_meanwhile)
+    assert other.used_bytes() == before
+    assert other.drop_unfinished("run-2/") == 0
+
+
 def test_wrong_keys_are_denied(bucket: Bucket, tmp_path: Path) -> None:
     wrong = tmp_path / "credentials"
     wrong.write_text("[default]\naws_access_key_id = AKNOBODY\naws_secret_access_key = wrong\n")

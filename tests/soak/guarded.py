@@ -1219,6 +1219,20 @@ _BACKUPS = (
         (f"{_T_UPLOADS}what_a_failed_step_sent_does_not_stay_in_the_store",),
     ),
     Guard(
+        "a run that ends drops what it sent ahead",
+        _EXECUTOR,
+        "        off_site.drop_unfinished(run)\n",
+        "",
+        ("tests/phases/test_sent_ahead.py::test_a_run_that_ends_leaves_nothing_half_sent",),
+    ),
+    Guard(
+        "parts that are no object yet count in the bucket's room",
+        _OBJECTS,
+        "return half + sum(",
+        "return sum(",
+        (f"{_T_OBJECTS}parts_that_are_no_object_yet_are_counted_and_dropped",),
+    ),
+    Guard(
         "a dump is read to its last byte",
         _RESTORE,
         'postgres.read_through(unpacked, timeout_s=timeout_s), name="pg_restore-read"',
