@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets as random
 import shutil
 import time
@@ -28,6 +29,7 @@ from runbook_lib.ports import Shell
 SCRATCH_PREFIX = "runbook_scratch_"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _NO_MANIFEST = "this is no manifest of a backup"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,16 +309,41 @@ def asked_of(dump_file: Path, manifest: Mapping[str, Any]) -> tuple[str, Any, st
     """What a manifest says that a dump must be: its digest, its inventory, and the run that made it.
 
     Raises:
-        UsageError: this is no manifest, or there is no dump.
+        UsageError: this is no manifest, or one that was damaged; or there is no dump.
     """
     try:
-        expected = next(str(entry["source_sha256"]) for entry in manifest["files"] if entry["kind"] == "dump")
-        asked = expected, manifest["inventory"], str(manifest["run"])
-    except (KeyError, TypeError, StopIteration) as error:
-        raise UsageError(_NO_MANIFEST, remedy="give artifacts/backup/manifest.json") from error
+        dump = next((entry for entry in manifest["files"] if entry["kind"] == "dump"), None)
+        if dump is None:
+            raise ValueError("files: none is a dump")  # noqa: TRY301
+        expected, run_id, source = dump["source_sha256"], manifest["run"], manifest["inventory"]
+        if not isinstance(expected, str) or not _SHA256.fullmatch(expected):
+            raise ValueError(f"source_sha256: {str(expected)[:80]!r} is no SHA-256")  # noqa: TRY301
+        if not isinstance(run_id, str):
+            raise TypeError("run: it is no text")  # noqa: TRY301
+        _refuse_damaged(source)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UsageError(
+            f"{_NO_MANIFEST}, or it is damaged: {why}", remedy="give artifacts/backup/manifest.json"
+        ) from error
     if not os.path.isfile(dump_file):  # noqa: PTH113  # never raises: no file can have some names
         raise UsageError(f"there is no dump {dump_file}", remedy="give the path of the .dump file")
-    return asked
+    return expected, source, run_id
+
+
+def _refuse_damaged(source: Any) -> None:
+    """Raise KeyError, TypeError, ValueError or AttributeError for an inventory that could not be compared with a restore."""
+    if not isinstance(source, dict):
+        raise TypeError("inventory: it is no object")
+    if source.get("format") != inventory.FORMAT:
+        return  # of another version, which `prove_dump` says
+    inventory.differences(source, source)  # it looks at all that a comparison looks at
+    for name, kind in (("size_bytes", int), ("not_provable", list)):
+        if not isinstance(source[name], kind):
+            raise TypeError(f"inventory.{name}: {str(source[name])[:80]!r}")
+    for name, table in source["tables"].items():
+        if not isinstance(table["rows"], int):
+            raise TypeError(f"inventory.tables.{name}.rows: {str(table['rows'])[:80]!r}")
 
 
 def prove_against_manifest(
@@ -340,7 +367,7 @@ def prove_against_manifest(
         `why` when they do not.
 
     Raises:
-        UsageError: this is no manifest, or there is no dump.
+        UsageError: this is no manifest, or a damaged one, or there is no dump.
         StepFailedError: the dump cannot be read or restored.
     """
     expected, source, run_id = asked_of(dump_file, manifest)

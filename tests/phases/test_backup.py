@@ -529,7 +529,12 @@ def test_what_cannot_be_proved_is_said_before_anything_starts(
     manifest: str,
     says: str,
 ) -> None:
-    known = {"run": "r", "environment": "rehearsal", "inventory": {}, "files": [{"kind": "dump", "source_sha256": "0"}]}
+    known = {
+        "run": "r",
+        "environment": "rehearsal",
+        "inventory": {},
+        "files": [{"kind": "dump", "source_sha256": "0" * 64}],
+    }
     (tmp_path / "manifest.json").write_text(json.dumps(known))
     (tmp_path / "one.dump").write_text("x")
     (tmp_path / "list.json").write_text("[]")
