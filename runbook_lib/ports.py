@@ -102,7 +102,9 @@ class Stored:
     size_bytes: int
     sha256: str | None
     encryption: str | None = None
+    kms_key: str | None = None
     retained_until: str | None = None
+    retain_mode: str | None = None
 
 
 class Ahead(Protocol):

@@ -313,7 +313,9 @@ class S3Store:
             said["ContentLength"],
             said.get("Metadata", {}).get("sha256"),
             encryption=said.get("ServerSideEncryption"),
+            kms_key=said.get("SSEKMSKeyId"),
             retained_until=until.astimezone(UTC).isoformat(timespec="seconds") if until is not None else None,
+            retain_mode=said.get("ObjectLockMode"),
         )
 
     @property

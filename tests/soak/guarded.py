@@ -1352,6 +1352,20 @@ _BACKUPS = (
         (f"{_T_BACKUP}a_copy_that_comes_back_as_something_else_is_no_copy",),
     ),
     Guard(
+        "an off-site copy is under the key that the params name",
+        _OFF_SITE,
+        '    if wanted.kms_key is not None and wanted.kms_key not in (known, re.split("[:/]", known)[-1]):\n',
+        "    if False:\n",
+        (f"{_T_OBJECTS}a_copy_under_another_key_of_the_key_server_does_not_count",),
+    ),
+    Guard(
+        "an off-site copy is retained as long as the params ask",
+        _OFF_SITE,
+        "    if datetime.fromisoformat(stored.retained_until) < least - _CLOCKS_DIFFER:\n",
+        "    if False:\n",
+        (f"{_T_OBJECTS}what_is_retained_cannot_be_removed",),
+    ),
+    Guard(
         "a run's folder comes from the store byte for byte, or not at all",
         _MIRROR,
         "if sha256(content) != digest:",
