@@ -876,6 +876,27 @@ def backup_list(environment: str, json: Json = False) -> None:
         print(kept.as_text(found))
 
 
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Tell on stderr how far the body's work has come."""
+    from runbook_lib import progress
+
+    stop = threading.Event()
+
+    def tell() -> None:
+        while not stop.wait(_PROGRESS_EVERY_S):
+            for line in progress.now(folder):
+                _say(line)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 @backup_app.command("prove")
 def backup_prove(
     dump: Path,
@@ -884,7 +905,9 @@ def backup_prove(
     json: Json = False,
 ) -> None:
     """Restore a dump into a scratch database and compare it with its manifest; exits 1 when it is not its source."""
-    from runbook_lib import restore, wiring
+    from functools import partial
+
+    from runbook_lib import progress, restore, wiring
 
     known = restore.read_manifest(manifest)
     where = environment or str(known.get("environment", ""))
@@ -893,7 +916,7 @@ def backup_prove(
     params = wiring.load_params(where)
     restore.asked_of(dump, known)
     try:
-        with wiring.looking_around(params) as run:
+        with wiring.looking_around(params) as run, _told(run.scratch):
             report = restore.prove_against_manifest(
                 dump,
                 known,
@@ -902,6 +925,7 @@ def backup_prove(
                 shell=run.services.shell,
                 timeout_s=run.params.backup.timeout_s,
                 jobs=run.params.backup.jobs,
+                told=partial(progress.told, run.scratch),
             )
     except StepFailedError as error:
         report = {"ok": False, "why": [error.message]}

@@ -230,9 +230,11 @@ def proof_of(run: Run) -> dict[str, Any]:
     source = inventory_of(run)
     report = run.folder / "artifacts" / "backup/restore_report.json"
     proved = run.state.green(on_disk.VALIDATE) and report.exists()
+    dump = json.loads(report.read_bytes())["dump"] if proved else {}
     return {
-        "equal": proved and bool(json.loads(report.read_bytes())["dump"]["equal"]),
+        "equal": bool(dump.get("equal")),
         "report_sha256": sha256_file(report) if proved else None,
+        "unpacked_bytes": dump.get("unpacked_bytes"),
         "tables": len(source["tables"]),
         "rows": inventory.rows(source),
         "not_covered": source["not_provable"],

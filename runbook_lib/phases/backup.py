@@ -15,7 +15,7 @@ from typing import Any
 from runbook_lib import backup_files as on_disk
 from runbook_lib import dumps, off_site, progress, restore
 from runbook_lib.adapters import archives, inventory
-from runbook_lib.canonical import canonical_json, sha256, sha256_file
+from runbook_lib.canonical import canonical_json, sha256
 from runbook_lib.clock import utc_now
 from runbook_lib.commands import archive_files as files
 from runbook_lib.commands import postgres
@@ -285,7 +285,8 @@ def validate_backup(run: Run) -> StepResult:
     """A listing proves nothing: the dump is restored and compared table by table, the archives file by file."""
     source = off_site.inventory_of(run)
     dump, was_dumped = on_disk.dump_path(run), off_site.fact(run, dump_database.key(), "sha256")
-    if not dump.is_file() or sha256_file(dump) != was_dumped:
+    tell = partial(progress.told, run.scratch)
+    if not dump.is_file() or progress.sha256(dump, tell) != was_dumped:
         # Before any server sees it: what a dump holds is run there, as an administrator.
         raise StepFailedError(
             f"{dump} is not what was dumped, or is gone: it was not restored",
@@ -299,7 +300,8 @@ def validate_backup(run: Run) -> StepResult:
             shell=run.services.shell,
             timeout_s=run.params.backup.timeout_s,
             jobs=run.params.backup.jobs,
-            told=partial(progress.told, run.scratch),
+            unpacked_bytes=on_disk.last_time(run, validate_backup.key(), "unpacked bytes"),
+            told=tell,
         ),
         "archives": {},
     }
@@ -307,7 +309,7 @@ def validate_backup(run: Run) -> StepResult:
     for host in _hosts(run):
         # It was unpacked and compared file by file when it was written: the same bytes hold the same files.
         path, was = on_disk.archive_path(run, host), off_site.fact(run, archive_files.key(host), "sha256")
-        now = sha256_file(path) if path.is_file() else "missing"
+        now = progress.sha256(path, tell) if path.is_file() else "missing"
         report["archives"][host] = {"files": run.state.fact(archive_files.key(host), "files"), "sha256": now}
         if now != was:
             problems.append(f"{path.name} has sha256 {now}, it had {was} when it was compared with its source")
@@ -317,6 +319,7 @@ def validate_backup(run: Run) -> StepResult:
         "tables equal": f"{same} of {len(report['dump']['tables'])}",
         "rows compared": inventory.rows(source),
         "files compared": sum(archive["files"] for archive in report["archives"].values()),
+        "unpacked bytes": report["dump"]["unpacked_bytes"],
         "restore took": f"{report['dump']['restore_s']:.1f} s",
         "not covered": report["dump"]["not_provable"],
         "differences": problems[:_MOST_SHOWN],
@@ -420,9 +423,10 @@ def compare_hashes(run: Run) -> StepResult:
     remote = {copy["file"]: copy for copy in json.loads((run.folder / "artifacts/backup/off_site.json").read_bytes())}
     hosts = {on_disk.archive_path(run, host).name: host for host in _hosts(run)}
     dump, entries, unequal = on_disk.dump_path(run), [], []
+    tell = partial(progress.told, run.scratch)
     for path, source in off_site.copies(run):
         copy = remote.get(path.name, {})
-        local = sha256_file(path) if path.is_file() else "missing"
+        local = progress.sha256(path, tell) if path.is_file() else "missing"
         equal = source == local == copy.get("sha256")
         if not equal:
             unequal.append(

@@ -76,6 +76,7 @@ def test_a_whole_backup_is_proved_and_named_in_one_manifest(
     assert all(entry["equal"] for entry in manifest["files"])
     assert manifest["inventory"]["tables"]["public.orders"]["rows"] >= 5000
     assert manifest["proof"]["equal"]
+    assert manifest["proof"]["unpacked_bytes"] > manifest["files"][0]["bytes"], "it was behind zstd"
     assert set(manifest["loss_window"]) == {"since", "lsn"}
     card = run.state.fact("backup.compare_hashes", "backup")
     assert card.startswith("source = local = S3 for 7 of 7 files, restore proved, ")
@@ -489,6 +490,13 @@ def _runbook(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
 
+def _impatient(*words: str) -> subprocess.CompletedProcess[str]:
+    """A command that tells its progress from the first moment on."""
+    code = "from runbook_lib import cli, progress as p; p._EVERY_S = cli._PROGRESS_EVERY_S = 0.001; p._PATIENCE_S = 0; cli.main()"
+    argv = (sys.executable, "-c", code, *words)
+    return subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
 def test_a_dump_is_proved_later_by_command(opened: Open, twin: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
     one = opened()
     _backed_up(one)
@@ -500,7 +508,7 @@ def test_a_dump_is_proved_later_by_command(opened: Open, twin: dict[str, Any], t
 
     good = _runbook("backup", "prove", str(dump), "--manifest", str(manifest), "--json")
     bad = _runbook("backup", "prove", str(cut), "--manifest", str(manifest), "--json")
-    shown = _runbook("backup", "prove", str(dump), "--manifest", str(manifest))
+    shown = _impatient("backup", "prove", str(dump), "--manifest", str(manifest))
 
     assert good.returncode == 0, good.stderr
     assert json.loads(good.stdout)["ok"]
@@ -509,6 +517,7 @@ def test_a_dump_is_proved_later_by_command(opened: Open, twin: dict[str, Any], t
     assert json.loads(bad.stdout)["why"]
     assert "✔ public.orders: " in shown.stdout
     assert "is proved" in shown.stdout
+    assert "restore: " in shown.stderr
     assert _scratch_databases(twin) == []
 
 
