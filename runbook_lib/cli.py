@@ -865,11 +865,23 @@ def _folder_to_examine(params: Params | None, events: list[Event]) -> tuple[Path
 
 @backup_app.command("list")
 def backup_list(environment: str, json: Json = False) -> None:
-    """What is kept of an environment's backups: where, how old, how big, proved or not."""
+    """What is kept of an environment's backups: where, how old, how big, proved or not; the store is asked what it has."""
     from runbook_lib import kept, wiring
 
     params = wiring.load_params(environment)
-    found = kept.kept(wiring.ledger_of(params).runs(environment), Path(params.backup.directory))
+    ledger, store = wiring.ledger_of(params), params.backup.store
+    try:
+        there = wiring.draft_of(params).services.store.listed("")
+    except (RunbookError, OSError, ValueError) as error:
+        there = None
+        _say(f"the store was not asked: {error.message if isinstance(error, RunbookError) else error}")
+    found = kept.kept(
+        ledger.runs(environment),
+        Path(params.backup.directory),
+        there,
+        address=f"s3://{store.bucket}/{store.prefix.strip('/')}/",
+        known=frozenset(ledger.every_run_id()),
+    )
     if json:
         _print_json(kept.as_json(found))
     else:

@@ -158,6 +158,12 @@ class ObjectStore(Protocol):
     def used_bytes(self) -> int:
         """All versions stored in the bucket, and the parts of uploads that are no object yet, in bytes."""
 
+    def listed(self, prefix: str) -> list[Stored]:
+        """Every version below `prefix`, with what a listing tells of it: no digest, no encryption, no lock.
+
+        It does not wait long for a store that is silent.
+        """
+
     def drop_unfinished(self, prefix: str) -> int:
         """End every upload below `prefix` that is no object yet, with its parts; returns how many there were.
 

@@ -144,6 +144,18 @@ class S3Store:
             pages = self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket)
             return half + sum(int(version["Size"]) for page in pages for version in page.get("Versions", []))
 
+    def listed(self, prefix: str) -> list[Stored]:
+        """See `ports.ObjectStore`."""
+        with self._answering(prefix):
+            pages = (
+                self._connected(patient=False)
+                .get_paginator("list_object_versions")
+                .paginate(Bucket=self.bucket, Prefix=self._full(prefix))
+            )
+            found = [version for page in pages for version in page.get("Versions", [])]
+        start = len(self._full(""))
+        return [Stored(one["Key"][start:], one["VersionId"], int(one["Size"]), None) for one in found]
+
     def drop_unfinished(self, prefix: str) -> int:
         """See `ports.ObjectStore`."""
         with self._answering(prefix):

@@ -367,6 +367,19 @@ def test_used_bytes_counts_every_version(store: S3Store, tmp_path: Path) -> None
     assert store.used_bytes() == before + 2000
 
 
+def test_every_version_is_listed(store: S3Store, tmp_path: Path) -> None:
+    path, digest = _file(tmp_path, b"a" * 1000)
+    stored = store.put(path, "run/k", sha256=digest)
+    _overwrite(store, "run/k", b"b" * 7)
+    store.put(path, "run-2/k", sha256=digest)
+
+    found = store.listed("run/")
+
+    assert sorted((one.key, one.size_bytes) for one in found) == [("run/k", 7), ("run/k", 1000)]
+    assert stored.version_id in {one.version_id for one in found}
+    assert {one.key for one in store.listed("")} == {"run/k", "run-2/k"}
+
+
 def test_parts_that_are_no_object_yet_are_counted_and_dropped(
     bucket: Bucket, store: S3Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

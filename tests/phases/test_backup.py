@@ -19,6 +19,7 @@ import psycopg
 import pytest
 
 from runbook_lib import backup_files, off_site, restore
+from runbook_lib.adapters.objects import S3Store
 from runbook_lib.canonical import sha256_file
 from runbook_lib.errors import PausedError, StepFailedError, StepInDoubtError
 from runbook_lib.model import Command, Status, StepResult
@@ -559,29 +560,58 @@ def test_what_cannot_be_proved_is_said_before_anything_starts(
 def test_what_is_kept_is_listed(opened: Open) -> None:  # noqa: F811
     one = opened()
     _backed_up(one)
-    folder = Path(one.run.params.backup.directory)
-    before = json.loads(_runbook("backup", "list", "rehearsal", "--json").stdout)
+    folder, store = Path(one.run.params.backup.directory), one.run.services.store
+    assert isinstance(store, S3Store)
+
+    def listed() -> list[Any]:
+        # The store is that of all tests here, and each has a ledger of its own.
+        found = json.loads(_runbook("backup", "list", "rehearsal", "--json").stdout)
+        return [row for row in found if row["path"] or row["run_id"].endswith("-lost")]
+
+    before = listed()
     backup.validate_backup(one.run)
     backup.replicate_off_site(one.run)
-    backup_files.archive_path(one.run, "app-02").unlink()
+    first, second, third = (backup_files.archive_path(one.run, host) for host in list(one.run.params.all_hosts)[:3])
+    second.unlink()
     (folder / "old.dump").write_text("x")
     (folder / "left.dump.part").write_text("x")
+    (folder / "left.dump.tar.part.folder").mkdir()
+    (folder / "left.dump.tar.part.folder" / "toc.dat").write_text("x" * 10)
+    (folder / "lost+found").mkdir()
+    s3, prefix = store._client, f"{store.prefix}/{one.run.run_id}/"
+    gone = store.find(f"{one.run.run_id}/{third.name}")
+    assert gone is not None
+    s3.delete_object(Bucket=store.bucket, Key=prefix + third.name, VersionId=gone.version_id)
+    s3.put_object(Bucket=store.bucket, Key=f"{store.prefix}/20200101T000000Z-v1-lost/a.dump.zst", Body=b"xyz")
 
-    after = {
-        Path(row["path"]).name: row for row in json.loads(_runbook("backup", "list", "rehearsal", "--json").stdout)
-    }
+    after = {Path(row["path"] or row["off_site"]).name: row for row in listed()}
 
     assert len(before) == 1 + len(one.run.params.all_hosts)
-    assert not any(row["proved"] or row["off_site"] for row in before)
+    assert not any(row["proved"] or row["off_site"] or row["stored"] for row in before)
     dump = after[backup_files.dump_path(one.run).name]
     assert (dump["kind"], dump["local"], dump["proved"], dump["run_id"]) == ("dump", "there", True, one.run.run_id)
     assert dump["off_site"].startswith("s3://")
     assert dump["version_id"]
     assert 0 <= dump["age_s"] < 600
-    assert after[backup_files.archive_path(one.run, "app-02").name]["local"] == "missing"
+    assert (dump["stored"], after[first.name]["stored"], after[third.name]["stored"]) == ("there", "there", "missing")
+    assert after[second.name]["local"] == "missing"
     assert (after["old.dump"]["kind"], after["old.dump"]["proved"]) == ("unknown", False)
     assert after["left.dump.part"]["local"] == "unfinished"
-    assert _runbook("backup", "list", "rehearsal").stdout.count("\n") == len(after)
+    left = after["left.dump.tar.part.folder"]
+    assert (left["local"], left["size_bytes"]) == ("unfinished", 10)
+    assert "lost+found" not in after
+    lost = after["a.dump.zst"]
+    assert (lost["kind"], lost["local"], lost["stored"]) == ("unknown", "missing", "there")
+    assert lost["off_site"] == f"s3://{store.bucket}/{store.prefix}/20200101T000000Z-v1-lost/a.dump.zst"
+    assert lost["taken"] == "2020-01-01T00:00:00Z"
+
+    facts = Path(os.environ["RUNBOOK_HOME"]) / "stack.json"
+    facts.write_text(facts.read_text().replace(str(store.endpoint), "http://127.0.0.1:9"))
+    silent = _runbook("backup", "list", "rehearsal", "--json")
+    assert silent.returncode == 0
+    assert "the store was not asked: s3://" in silent.stderr
+    assert {row["stored"] for row in json.loads(silent.stdout) if row["run_id"]} == {"not asked"}
+    assert _runbook("backup", "list", "rehearsal").stdout.count("\n") == len(json.loads(silent.stdout))
     assert _runbook("backup", "list", "nowhere").returncode == 2
 
 
