@@ -1200,7 +1200,7 @@ _BACKUPS = (
     Guard(
         "a dump that changed since is not restored",
         _BACKUP,
-        "if not dump.is_file() or sha256_file(dump) != was_dumped:",
+        "if not dump.is_file() or progress.sha256(dump, tell) != was_dumped:",
         "if False:",
         (f"{_T_BACKUP}a_dump_that_changed_since_is_not_restored",),
     ),
