@@ -365,7 +365,8 @@ class S3Store:
             connect_timeout=5,
             read_timeout=60 if patient else 10,
             retries={"max_attempts": 4 if patient else 1, "mode": "standard"},
-            s3={"addressing_style": "path" if self.endpoint else "auto"},
+            # What is put says its SHA-256 in a header of its own, which is signed: the same sum is not made once more.
+            s3={"addressing_style": "path" if self.endpoint else "auto", "payload_signing_enabled": False},
             # A server on this machine is not behind this machine's proxy.
             proxies={} if urlsplit(self.endpoint or "").hostname in ("127.0.0.1", "::1", "localhost") else None,
         )

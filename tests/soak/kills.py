@@ -258,7 +258,7 @@ def try_kill(walk: Walk, number: int, key: str) -> Kill:
         left_over=[line[:120] for pid, line in known.items() if _still(pid, line)],
         resume_s=round(resume_s, 2),
         work_s=round(sum(event.data["duration_s"] for event in done), 2),
-        said="" if green else log.read_text()[-1500:],
+        said="" if green and not resumed else log.read_text()[-1500:],
     )
 
 
