@@ -129,7 +129,11 @@ def _listed(
 
 def foretold(run: Run, host: str, fact: str) -> int | None:
     """What the archive of a host, or without one the dump, had of this the last time: `bytes`, or `files`."""
-    key = archive_key(host) if host else DUMP
+    return last_time(run, archive_key(host) if host else DUMP, fact)
+
+
+def last_time(run: Run, key: str, fact: str) -> int | None:
+    """A number that a step recorded in the last run before this one that has it."""
     before = (s.fact(key, fact) for s in run.ledger.runs(run.release.environment) if s.run_id != run.run_id)
     return next((int(number) for number in before if number), None)
 

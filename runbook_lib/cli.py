@@ -895,15 +895,48 @@ def _folder_to_examine(params: Params | None, events: list[Event]) -> tuple[Path
 
 @backup_app.command("list")
 def backup_list(environment: str, json: Json = False) -> None:
-    """What is kept of an environment's backups: where, how old, how big, proved or not."""
+    """What is kept of an environment's backups: where, how old, how big, proved or not; the store is asked what it has."""
     from runbook_lib import kept, wiring
 
     params = wiring.load_params(environment)
-    found = kept.kept(wiring.ledger_of(params).runs(environment), Path(params.backup.directory))
+    ledger, store = wiring.ledger_of(params), params.backup.store
+    try:
+        there = wiring.draft_of(params).services.store.listed("")
+    except (RunbookError, OSError, ValueError) as error:
+        there = None
+        _say(f"the store was not asked: {error.message if isinstance(error, RunbookError) else error}")
+    found = kept.kept(
+        ledger.runs(environment),
+        Path(params.backup.directory),
+        there,
+        address=f"s3://{store.bucket}/{store.prefix.strip('/')}/",
+        known=frozenset(ledger.every_run_id()),
+    )
     if json:
         _print_json(kept.as_json(found))
     else:
         print(kept.as_text(found))
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Tell on stderr how far the body's work has come."""
+    from runbook_lib import progress
+
+    stop = threading.Event()
+
+    def tell() -> None:
+        while not stop.wait(_PROGRESS_EVERY_S):
+            for line in progress.now(folder):
+                _say(line)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 @backup_app.command("prove")
@@ -914,7 +947,9 @@ def backup_prove(
     json: Json = False,
 ) -> None:
     """Restore a dump into a scratch database and compare it with its manifest; exits 1 when it is not its source."""
-    from runbook_lib import restore, wiring
+    from functools import partial
+
+    from runbook_lib import progress, restore, wiring
 
     known = restore.read_manifest(manifest)
     where = environment or str(known.get("environment", ""))
@@ -923,7 +958,7 @@ def backup_prove(
     params = wiring.load_params(where)
     restore.asked_of(dump, known)
     try:
-        with wiring.looking_around(params) as run:
+        with wiring.looking_around(params) as run, _told(run.scratch):
             report = restore.prove_against_manifest(
                 dump,
                 known,
@@ -932,6 +967,7 @@ def backup_prove(
                 shell=run.services.shell,
                 timeout_s=run.params.backup.timeout_s,
                 jobs=run.params.backup.jobs,
+                told=partial(progress.told, run.scratch),
             )
     except StepFailedError as error:
         report = {"ok": False, "why": [error.message]}

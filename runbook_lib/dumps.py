@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from runbook_lib import backup_files as on_disk
+from runbook_lib import progress
 from runbook_lib.adapters import inventory
-from runbook_lib.canonical import canonical_json, sha256_file, write_atomically
+from runbook_lib.canonical import canonical_json, write_atomically
 from runbook_lib.commands import postgres
 from runbook_lib.errors import StepFailedError
 from runbook_lib.model import Command, StepResult
@@ -105,7 +107,7 @@ def adopt(run: Run, part: Path, final: Path, known: Mapping[str, Any], duration_
     facts = {
         "file": str(final),
         "bytes": part.stat().st_size,
-        "sha256": sha256_file(part),
+        "sha256": progress.sha256(part, partial(progress.told, run.scratch)),
         "database bytes": source["size_bytes"],
         "packed by": known["packed_by"],
         "server": source["server_version"],

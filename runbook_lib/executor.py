@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runbook_lib import archive, decisions, gate, lease, mirror, pinned, walked
+from runbook_lib import archive, decisions, gate, lease, mirror, off_site, pinned, walked
 from runbook_lib.adapters import processes
 from runbook_lib.canonical import write_atomically
 from runbook_lib.errors import GateClosedError, PausedError, RunbookError, UsageError
@@ -180,6 +180,7 @@ def end(run: Run, state: str, **why: Any) -> None:
             raise PausedError(f"run {run.run_id} has ended already: {now.ended}", remedy="runbook list")
 
     with lease.held(run):
+        off_site.drop_unfinished(run)
         run.ledger.append(run.run_id, "run_ended", {"state": state, **why}, guard=once)
         close(run)
 

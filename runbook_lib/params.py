@@ -152,6 +152,8 @@ class ObjectStore(_Strict):
     def _key(self) -> ObjectStore:
         if self.kms_key is not None and self.encryption != "aws:kms":
             raise ValueError("kms_key: a store takes one with encryption: aws:kms only")
+        if self.kms_key is not None and re.search(r"(^|:)alias/", self.kms_key):
+            raise ValueError("kms_key: of a copy a store names the key and no alias: give the key's id or ARN")
         return self
 
 

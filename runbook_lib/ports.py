@@ -102,7 +102,9 @@ class Stored:
     size_bytes: int
     sha256: str | None
     encryption: str | None = None
+    kms_key: str | None = None
     retained_until: str | None = None
+    retain_mode: str | None = None
 
 
 class Ahead(Protocol):
@@ -154,7 +156,19 @@ class ObjectStore(Protocol):
         """True when the bucket keeps what is written over or deleted."""
 
     def used_bytes(self) -> int:
-        """All versions stored in the bucket, in bytes."""
+        """All versions stored in the bucket, and the parts of uploads that are no object yet, in bytes."""
+
+    def listed(self, prefix: str) -> list[Stored]:
+        """Every version below `prefix`, with what a listing tells of it: no digest, no encryption, no lock.
+
+        It does not wait long for a store that is silent.
+        """
+
+    def drop_unfinished(self, prefix: str) -> int:
+        """End every upload below `prefix` that is no object yet, with its parts; returns how many there were.
+
+        It does not wait long for a store that is silent.
+        """
 
 
 class Repository(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets as random
 import shutil
 import time
@@ -19,7 +20,6 @@ from psycopg import IsolationLevel, sql
 from runbook_lib import progress
 from runbook_lib.adapters import inventory
 from runbook_lib.adapters.database import Database
-from runbook_lib.canonical import sha256_file
 from runbook_lib.commands import postgres
 from runbook_lib.errors import StepFailedError, UsageError
 from runbook_lib.params import Database as DatabaseParams
@@ -28,6 +28,7 @@ from runbook_lib.ports import Shell
 SCRATCH_PREFIX = "runbook_scratch_"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _NO_MANIFEST = "this is no manifest of a backup"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +163,9 @@ def export_snapshot(connection: psycopg.Connection[Any]) -> Snapshot:
 
 
 @contextmanager
-def _plain(dump_file: Path, plain: Path, *, shell: Shell, timeout_s: float, told: progress.Told) -> Iterator[Path]:
+def _plain(
+    dump_file: Path, plain: Path, *, size: int | None, shell: Shell, timeout_s: float, told: progress.Told
+) -> Iterator[Path]:
     """The dump as pg_restore reads it: itself, or unpacked beside it for as long as the body runs."""
     with dump_file.open("rb") as file:
         head = file.read(512)
@@ -170,18 +173,24 @@ def _plain(dump_file: Path, plain: Path, *, shell: Shell, timeout_s: float, told
     try:
         if head.startswith(_ZSTD):
             os.close(os.open(plain, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            with told("dump, unpacked", lambda: plain.stat().st_size):
+            with told("dump, unpacked", lambda: plain.stat().st_size, total=size):
                 shell.run(postgres.unpack(dump_file, into=plain, timeout_s=timeout_s), name="unpack")
             yield plain
         elif head[257:262] == b"ustar" and b"toc.dat" not in head[:100]:  # pg_dump's own tar begins with that
             plain.mkdir(mode=0o700)
-            with told("dump, unpacked", lambda: sum(file.stat().st_size for file in plain.iterdir())):
+            whole = dump_file.stat().st_size  # this packing is none
+            with told("dump, unpacked", lambda: _size_of(plain), total=whole):
                 shell.run(postgres.unpack_folder(dump_file, into=plain, timeout_s=timeout_s), name="unpack")
             yield plain
         else:
             yield dump_file
     finally:
         remove(plain)
+
+
+def _size_of(unpacked: Path) -> int:
+    files = unpacked.iterdir() if unpacked.is_dir() else [unpacked]
+    return sum(file.stat().st_size for file in files)
 
 
 def plain_of(dump_file: Path) -> Path:
@@ -205,6 +214,7 @@ def prove_dump(
     shell: Shell,
     timeout_s: float,
     jobs: int = 1,
+    unpacked_bytes: int | None = None,
     told: progress.Told = progress.untold,
     plain: Path | None = None,
 ) -> dict[str, Any]:
@@ -214,12 +224,13 @@ def prove_dump(
         source: from `adapters.inventory.take`, of the dump's own snapshot.
         timeout_s: for reading and for restoring, each, in seconds.
         jobs: how many tables and indexes are restored and compared at a time.
+        unpacked_bytes: how big it will be unpacked, as far as anybody knows; for the display of progress.
         told: where progress goes.
         plain: where the dump is unpacked; by default `plain_of` it.
 
     Returns:
-        JSON: `equal`, `differences`, `not_provable`, `tables` (table, rows, restored_rows, same), `entries`, and how long it
-        took: `read_s`, `restore_s`, `compare_s`.
+        JSON: `equal`, `differences`, `not_provable`, `tables` (table, rows, restored_rows, same), `entries`, `unpacked_bytes`,
+        and how long it took: `read_s`, `restore_s`, `compare_s`.
 
     Raises:
         StepFailedError: the dump is empty, cannot be read to its end or cannot be restored.
@@ -237,11 +248,13 @@ def prove_dump(
     params = scratch.params
     server = postgres.Server(params.host, params.port, params.passfile)
     began = time.monotonic()
-    with _plain(dump_file, plain or plain_of(dump_file), shell=shell, timeout_s=timeout_s, told=told) as unpacked:
+    place = plain or plain_of(dump_file)
+    with _plain(dump_file, place, size=unpacked_bytes, shell=shell, timeout_s=timeout_s, told=told) as unpacked:
         listing = shell.run(postgres.list_contents(unpacked), name="pg_restore-list").output
         if unpacked == dump_file or unpacked.is_dir():  # unpacking by zstd has read every byte, with its checksum
-            shell.run(postgres.read_through(unpacked, timeout_s=timeout_s), name="pg_restore-read")
-        read = time.monotonic()
+            with told("dump, read to its end", lambda: int(time.monotonic() - began), unit="s"):
+                shell.run(postgres.read_through(unpacked, timeout_s=timeout_s), name="pg_restore-read")
+        read, size = time.monotonic(), _size_of(unpacked)
         try:
             scratch.create()
             with scratch.size_bytes() as grown, told("restore", grown, total=source["size_bytes"]):
@@ -269,6 +282,7 @@ def prove_dump(
         "not_provable": list(source["not_provable"]),
         "tables": tables,
         "entries": postgres.tables_listed(listing),
+        "unpacked_bytes": size,
         "read_s": round(read - began, 3),
         "restore_s": round(restored_at - read, 3),
         "compare_s": round(time.monotonic() - restored_at, 3),
@@ -307,16 +321,41 @@ def asked_of(dump_file: Path, manifest: Mapping[str, Any]) -> tuple[str, Any, st
     """What a manifest says that a dump must be: its digest, its inventory, and the run that made it.
 
     Raises:
-        UsageError: this is no manifest, or there is no dump.
+        UsageError: this is no manifest, or one that was damaged; or there is no dump.
     """
     try:
-        expected = next(str(entry["source_sha256"]) for entry in manifest["files"] if entry["kind"] == "dump")
-        asked = expected, manifest["inventory"], str(manifest["run"])
-    except (KeyError, TypeError, StopIteration) as error:
-        raise UsageError(_NO_MANIFEST, remedy="give artifacts/backup/manifest.json") from error
+        dump = next((entry for entry in manifest["files"] if entry["kind"] == "dump"), None)
+        if dump is None:
+            raise ValueError("files: none is a dump")  # noqa: TRY301
+        expected, run_id, source = dump["source_sha256"], manifest["run"], manifest["inventory"]
+        if not isinstance(expected, str) or not _SHA256.fullmatch(expected):
+            raise ValueError(f"source_sha256: {str(expected)[:80]!r} is no SHA-256")  # noqa: TRY301
+        if not isinstance(run_id, str):
+            raise TypeError("run: it is no text")  # noqa: TRY301
+        _refuse_damaged(source)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UsageError(
+            f"{_NO_MANIFEST}, or it is damaged: {why}", remedy="give artifacts/backup/manifest.json"
+        ) from error
     if not os.path.isfile(dump_file):  # noqa: PTH113  # never raises: no file can have some names
         raise UsageError(f"there is no dump {dump_file}", remedy="give the path of the .dump file")
-    return asked
+    return expected, source, run_id
+
+
+def _refuse_damaged(source: Any) -> None:
+    """Raise KeyError, TypeError, ValueError or AttributeError for an inventory that could not be compared with a restore."""
+    if not isinstance(source, dict):
+        raise TypeError("inventory: it is no object")
+    if source.get("format") != inventory.FORMAT:
+        return  # of another version, which `prove_dump` says
+    inventory.differences(source, source)  # it looks at all that a comparison looks at
+    for name, kind in (("size_bytes", int), ("not_provable", list)):
+        if not isinstance(source[name], kind):
+            raise TypeError(f"inventory.{name}: {str(source[name])[:80]!r}")
+    for name, table in source["tables"].items():
+        if not isinstance(table["rows"], int):
+            raise TypeError(f"inventory.tables.{name}.rows: {str(table['rows'])[:80]!r}")
 
 
 def prove_against_manifest(
@@ -328,25 +367,27 @@ def prove_against_manifest(
     shell: Shell,
     timeout_s: float,
     jobs: int = 1,
+    told: progress.Told = progress.untold,
 ) -> dict[str, Any]:
     """Prove a dump, wherever it was copied to, against the manifest that its run wrote.
 
     Args:
         manifest: the run's `artifacts/backup/manifest.json`.
         database: any server that may hold the restore for a moment.
+        told: where progress goes.
 
     Returns:
         The JSON of `prove_dump` with `sha256`, `sha256_expected`, `ok`, which is true when digest and content agree, and
         `why` when they do not.
 
     Raises:
-        UsageError: this is no manifest, or there is no dump.
+        UsageError: this is no manifest, or a damaged one, or there is no dump.
         StepFailedError: the dump cannot be read or restored.
     """
     expected, source, run_id = asked_of(dump_file, manifest)
     token = random.token_hex(6)
     scratch = ScratchDatabase(database, params, f"{SCRATCH_PREFIX}{token}", f"runbook proof {token} of {run_id}")
-    found = sha256_file(dump_file)
+    found = progress.sha256(dump_file, told)
     if found != expected:
         # Before any server sees it: what a dump holds is run there, as an administrator, and this one is somebody else's.
         why = [f"sha256 is {found}, the manifest says {expected}: it was not restored"]
@@ -355,7 +396,22 @@ def prove_against_manifest(
         # Of two proofs at once none takes the other's unpacked dump.
         plain = plain_of(dump_file.with_name(f"{dump_file.name}.{token}"))
         report = prove_dump(
-            dump_file, source, scratch=scratch, shell=shell, timeout_s=timeout_s, jobs=jobs, plain=plain
+            dump_file,
+            source,
+            scratch=scratch,
+            shell=shell,
+            timeout_s=timeout_s,
+            jobs=jobs,
+            unpacked_bytes=_unpacked_bytes(manifest),
+            told=told,
+            plain=plain,
         )
         why = [*report["differences"]]
     return {**report, "sha256": found, "sha256_expected": expected, "ok": not why, "why": why}
+
+
+def _unpacked_bytes(manifest: Mapping[str, Any]) -> int | None:
+    """What the dump measured when its run proved it; older manifests do not say."""
+    proof = manifest.get("proof")
+    size = proof.get("unpacked_bytes") if isinstance(proof, dict) else None
+    return size if isinstance(size, int) else None

@@ -63,13 +63,15 @@ def read(archive: Path, *, seen: Callable[[int], None] = lambda _: None) -> Arch
                 while child.stdout.read(_BLOCK_BYTES):
                     pass
                 said = child.stderr.read().decode(errors="replace").strip()
+                exited = child.wait()  # it has said all that it has to say
             except (tarfile.TarError, EOFError, OSError) as error:
                 raise _unreadable(archive, str(error)) from error
             finally:
                 child.kill()  # what has ended does not mind
                 feeder.join()
-        if said or not feeder.whole:
-            raise _unreadable(archive, said or f"{program[0]} did not read all of it")
+        if said or exited or not feeder.whole:
+            ended = f"{program[0]} exited {exited}" if exited else f"{program[0]} did not read all of it"
+            raise _unreadable(archive, said or ended)
         return Archived(feeder.digest.hexdigest(), files, plain_bytes)
 
 

@@ -139,8 +139,46 @@ class S3Store:
     def used_bytes(self) -> int:
         """See `ports.ObjectStore`."""
         with self._answering(""):
+            # In this order: an upload that ends in between is counted twice, and none not at all.
+            half = sum(self._parts_bytes(upload) for upload in self._unfinished(self._client, ""))
             pages = self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket)
-            return sum(int(version["Size"]) for page in pages for version in page.get("Versions", []))
+            return half + sum(int(version["Size"]) for page in pages for version in page.get("Versions", []))
+
+    def listed(self, prefix: str) -> list[Stored]:
+        """See `ports.ObjectStore`."""
+        with self._answering(prefix):
+            pages = (
+                self._connected(patient=False)
+                .get_paginator("list_object_versions")
+                .paginate(Bucket=self.bucket, Prefix=self._full(prefix))
+            )
+            found = [version for page in pages for version in page.get("Versions", [])]
+        start = len(self._full(""))
+        return [Stored(one["Key"][start:], one["VersionId"], int(one["Size"]), None) for one in found]
+
+    def drop_unfinished(self, prefix: str) -> int:
+        """See `ports.ObjectStore`."""
+        with self._answering(prefix):
+            s3 = self._connected(patient=False)
+            found = self._unfinished(s3, self._full(prefix))
+            for upload in found:
+                with _gone_meanwhile():
+                    s3.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            return len(found)
+
+    def _unfinished(self, s3: S3Client, prefix: str) -> list[Any]:
+        """The uploads that are no object yet, of the whole bucket."""
+        words = {"Bucket": self.bucket, **({"Prefix": prefix} if prefix else {})}
+        pages = s3.get_paginator("list_multipart_uploads").paginate(**words)  # type: ignore[arg-type]
+        return [upload for page in pages for upload in page.get("Uploads", [])]
+
+    def _parts_bytes(self, upload: Mapping[str, Any]) -> int:
+        pages = self._client.get_paginator("list_parts").paginate(
+            Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+        )
+        with _gone_meanwhile():
+            return sum(int(part["Size"]) for page in pages for part in page.get("Parts", []))
+        return 0
 
     def _wanted(self, *, retain: bool) -> dict[str, Any]:
         """What a request says besides its content."""
@@ -240,10 +278,7 @@ class S3Store:
     def _forget_half_uploads(self, name: str, *, but: str = "") -> None:
         """Parts of an upload that was killed cost storage and are seen by nobody."""
         oldest = datetime.now(UTC) - timedelta(seconds=_LEFT_OVER_S)
-        pages = self._client.get_paginator("list_multipart_uploads").paginate(
-            Bucket=self.bucket, Prefix=f"{self.prefix.strip('/')}/"
-        )
-        for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
+        for upload in self._unfinished(self._client, self._full("")):
             if upload["UploadId"] != but and (upload["Key"] == name or upload["Initiated"] < oldest):
                 self._client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
@@ -290,7 +325,9 @@ class S3Store:
             said["ContentLength"],
             said.get("Metadata", {}).get("sha256"),
             encryption=said.get("ServerSideEncryption"),
+            kms_key=said.get("SSEKMSKeyId"),
             retained_until=until.astimezone(UTC).isoformat(timespec="seconds") if until is not None else None,
+            retain_mode=said.get("ObjectLockMode"),
         )
 
     @property
@@ -300,7 +337,8 @@ class S3Store:
                 self._known = self._connected()
             return self._known
 
-    def _connected(self) -> S3Client:
+    def _connected(self, *, patient: bool = True) -> S3Client:
+        """A client; without patience it asks once and waits ten seconds: for what can be left as it is."""
         import boto3
         import botocore.session
         from botocore.config import Config
@@ -325,8 +363,8 @@ class S3Store:
         settings = Config(
             signature_version="s3v4",
             connect_timeout=5,
-            read_timeout=60,
-            retries={"max_attempts": 4, "mode": "standard"},
+            read_timeout=60 if patient else 10,
+            retries={"max_attempts": 4 if patient else 1, "mode": "standard"},
             # What is put says its SHA-256 in a header of its own, which is signed: the same sum is not made once more.
             s3={"addressing_style": "path" if self.endpoint else "auto", "payload_signing_enabled": False},
             # A server on this machine is not behind this machine's proxy.
@@ -367,3 +405,15 @@ class S3Store:
 
 # boto3's loader is not safe to use from two threads at once.
 _session_lock = threading.Lock()
+
+
+@contextmanager
+def _gone_meanwhile() -> Iterator[None]:
+    """An upload that was listed may have ended since."""
+    from botocore.exceptions import ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") != "NoSuchUpload":
+            raise

@@ -15,7 +15,7 @@ from typing import Any
 from runbook_lib import backup_files as on_disk
 from runbook_lib import dumps, off_site, progress, restore
 from runbook_lib.adapters import archives, inventory
-from runbook_lib.canonical import canonical_json, sha256, sha256_file
+from runbook_lib.canonical import canonical_json, sha256
 from runbook_lib.clock import utc_now
 from runbook_lib.commands import archive_files as files
 from runbook_lib.commands import postgres
@@ -285,7 +285,8 @@ def validate_backup(run: Run) -> StepResult:
     """A listing proves nothing: the dump is restored and compared table by table, the archives file by file."""
     source = off_site.inventory_of(run)
     dump, was_dumped = on_disk.dump_path(run), off_site.fact(run, dump_database.key(), "sha256")
-    if not dump.is_file() or sha256_file(dump) != was_dumped:
+    tell = partial(progress.told, run.scratch)
+    if not dump.is_file() or progress.sha256(dump, tell) != was_dumped:
         # Before any server sees it: what a dump holds is run there, as an administrator.
         raise StepFailedError(
             f"{dump} is not what was dumped, or is gone: it was not restored",
@@ -299,7 +300,8 @@ def validate_backup(run: Run) -> StepResult:
             shell=run.services.shell,
             timeout_s=run.params.backup.timeout_s,
             jobs=run.params.backup.jobs,
-            told=partial(progress.told, run.scratch),
+            unpacked_bytes=on_disk.last_time(run, validate_backup.key(), "unpacked bytes"),
+            told=tell,
         ),
         "archives": {},
     }
@@ -307,7 +309,7 @@ def validate_backup(run: Run) -> StepResult:
     for host in _hosts(run):
         # It was unpacked and compared file by file when it was written: the same bytes hold the same files.
         path, was = on_disk.archive_path(run, host), off_site.fact(run, archive_files.key(host), "sha256")
-        now = sha256_file(path) if path.is_file() else "missing"
+        now = progress.sha256(path, tell) if path.is_file() else "missing"
         report["archives"][host] = {"files": run.state.fact(archive_files.key(host), "files"), "sha256": now}
         if now != was:
             problems.append(f"{path.name} has sha256 {now}, it had {was} when it was compared with its source")
@@ -317,6 +319,7 @@ def validate_backup(run: Run) -> StepResult:
         "tables equal": f"{same} of {len(report['dump']['tables'])}",
         "rows compared": inventory.rows(source),
         "files compared": sum(archive["files"] for archive in report["archives"].values()),
+        "unpacked bytes": report["dump"]["unpacked_bytes"],
         "restore took": f"{report['dump']['restore_s']:.1f} s",
         "not covered": report["dump"]["not_provable"],
         "differences": problems[:_MOST_SHOWN],
@@ -407,18 +410,23 @@ def _(run: Run) -> list[tuple[str, ...]]:
 
 @step(
     "Compare the hashes: source, local, off site",
-    recovery=Recovery.REPEAT,  # reads, and writes the same manifest again
+    recovery=Recovery.REPEAT,  # reads, writes the same manifest again, and stores it under its digest, once
     owner="Ops",
     expected_s=2.0,
+    way_back="the copies are kept",
 )
 def compare_hashes(run: Run) -> StepResult:
-    """One manifest that names every file with its digests here and there, what the database held, and how the proof ended."""
+    """One manifest that names every file with its digests here and there, what the database held, and how the proof ended.
+
+    It says nothing that is of this moment only: made again it is the same, byte for byte, here and off site.
+    """
     remote = {copy["file"]: copy for copy in json.loads((run.folder / "artifacts/backup/off_site.json").read_bytes())}
     hosts = {on_disk.archive_path(run, host).name: host for host in _hosts(run)}
     dump, entries, unequal = on_disk.dump_path(run), [], []
+    tell = partial(progress.told, run.scratch)
     for path, source in off_site.copies(run):
         copy = remote.get(path.name, {})
-        local = sha256_file(path) if path.is_file() else "missing"
+        local = progress.sha256(path, tell) if path.is_file() else "missing"
         equal = source == local == copy.get("sha256")
         if not equal:
             unequal.append(
@@ -442,7 +450,7 @@ def compare_hashes(run: Run) -> StepResult:
             }
         )
     proof = off_site.proof_of(run)
-    loss = off_site.loss_window(run)
+    loss, (lsn_now, written_bytes) = off_site.loss_window(run), off_site.written_since(run)
     manifest = {
         "run": run.run_id,
         "environment": run.release.environment,
@@ -461,7 +469,7 @@ def compare_hashes(run: Run) -> StepResult:
         "backup": f"source = local = S3 for {len(entries) - len(unequal)} of {len(entries)} files, restore "
         f"{'proved' if proof['equal'] else 'not proved'}, {proof['tables']:,} tables, {proof['rows']:,} rows",
         "not covered": proof["not_covered"],
-        "loss window": f"since {loss['since']}, LSN {loss['lsn']}; {loss['written_bytes']:,} bytes of log until now",
+        "loss window": f"since {loss['since']}, LSN {loss['lsn']}; {written_bytes:,} bytes of log until LSN {lsn_now}",
         "age": f"{age_s:.0f} s, at most {run.params.backup.max_age_s:.0f} s",
         "sha256": {str(entry["file"]): entry["source_sha256"] for entry in entries},
         "unequal": unequal,
@@ -471,14 +479,19 @@ def compare_hashes(run: Run) -> StepResult:
         error = StepFailedError(f"the backup does not stand: {why}", remedy="abort this run and open a new one")
         error.result = StepResult(facts=facts, artifacts=(kept,), verdict="red")
         raise error
+    # The last effect: what is off site is the manifest of a backup that stands.
+    copy = off_site.put_manifest(run, run.folder / kept.path)
+    facts["manifest off site"] = {name: copy[name] for name in ("key", "version_id", "retained_until")}
     return StepResult(facts=facts, artifacts=(kept,))
 
 
 @compare_hashes.plan
 def _(run: Run) -> list[tuple[str, ...]]:
+    store = run.params.backup.store
+    compared = (on_disk.dump_paths(run)[".dump"], *(_planned_archive(run, host) for host in _hosts(run)))
     return [
-        ("call", f"sha256 of {path.name}")
-        for path in (on_disk.dump_paths(run)[".dump"], *(_planned_archive(run, host) for host in _hosts(run)))
+        *(("call", f"sha256 of {path.name}") for path in compared),
+        ("call", f"put manifest.json to s3://{store.bucket}/{store.prefix}/{off_site.manifest_key(run, 'SHA256')}"),
     ]
 
 

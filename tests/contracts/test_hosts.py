@@ -202,6 +202,25 @@ def test_a_damaged_archive_is_not_readable(shell: LocalShell, tmp_path: Path, pr
             archives.read(tmp_path / "out")
 
 
+@pytest.mark.parametrize("status", ["exit 1", "kill -9 $$"])
+def test_an_archive_whose_reader_fails_without_a_word_is_not_readable(
+    shell: LocalShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    made = archive_files.create(
+        ("a",), known={"a": ""}, packing=archive_files.Packing("gzip"), into=tmp_path / "out", timeout_s=30
+    )
+    shell.run(LocalHost("app-01", str(tmp_path)).command(made), name="tar")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "gzip").write_text(f'#!/bin/sh\n{shutil.which("gzip")} "$@"\n{status}\n')
+    (tools / "gzip").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+
+    with pytest.raises(StepFailedError, match=r"cannot be read to its end: gzip exited (1|-9)"):
+        archives.read(tmp_path / "out")
+
+
 def test_a_command_that_hangs_is_ended_long_before_its_time_is_up(
     host: Host, shell: LocalShell, tmp_path: Path
 ) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
 
+from runbook_lib import off_site
 from runbook_lib.adapters import objects, uploads
 from runbook_lib.adapters.objects import S3Store
 from runbook_lib.errors import DeniedError, StepFailedError, UnavailableError, UsageError
+from runbook_lib.params import ObjectStore as StoreParams
+from runbook_lib.ports import Stored
 from tests.soak.proxies import Proxy
 
 if TYPE_CHECKING:
@@ -156,6 +160,7 @@ def test_parts_of_a_killed_upload_are_removed(store: S3Store, tmp_path: Path, mo
 _HALF = """
 import sys, time
 from pathlib import Path
+from runbook_lib import off_site
 from runbook_lib.adapters import objects, uploads
 objects._ONE_REQUEST_BYTES, objects._PART_BYTES, objects._PARTS_AT_ONCE = 1 << 20, 5 << 20, 1
 store = objects.S3Store(bucket=sys.argv[1], prefix=sys.argv[2], endpoint=sys.argv[3], credentials_file=sys.argv[4])
@@ -254,6 +259,59 @@ def test_what_is_retained_cannot_be_removed(
         locked._client.delete_object(Bucket=name, Key=f"{locked.prefix}/k", VersionId=stored.version_id)
     assert locked.read_back(stored) == (digest, size)
     assert locked.put(path, "free", sha256=digest).retained_until is None
+    begun = datetime.now(UTC)
+    assert _kept(locked, path, digest, "k", retain_days=2, retain_mode="COMPLIANCE", begun=begun) == digest
+    for key, days, says in (("k", 3, "is retained until .*, 3 days are wanted"), ("free", 1, "is not retained")):
+        with pytest.raises(StepFailedError, match=says):
+            _kept(locked, path, digest, key, retain_days=days, begun=begun)
+    with pytest.raises(StepFailedError, match="is retained until"):
+        _kept(locked, path, digest, "k", retain_days=2, begun=begun + timedelta(hours=2))
+    weaker = dataclasses.replace(locked, retain_mode="GOVERNANCE")
+    weaker.put(path, "weak", sha256=digest, retain=True)
+    with pytest.raises(StepFailedError, match="in the mode GOVERNANCE, not COMPLIANCE"):
+        _kept(locked, path, digest, "weak", retain_days=2, retain_mode="COMPLIANCE", begun=begun)
+
+
+def _kept(store: S3Store, path: Path, digest: str, key: str, *, begun: datetime | None = None, **wanted: Any) -> str:
+    """The digest of a copy that is kept as these params want it."""
+    params = StoreParams(bucket=store.bucket, **wanted)
+    found = off_site.read_one_back(store, params, path, key, digest, begun=begun or datetime.now(UTC))
+    return str(found["sha256"])
+
+
+def test_a_copy_under_another_key_of_the_key_server_does_not_count(bucket: Bucket, tmp_path: Path) -> None:
+    store = bucket.store("keys", encryption="aws:kms", kms_key="backups")
+    path, digest = _file(tmp_path, b"content")
+
+    stored = store.put(path, "k", sha256=digest)
+    plain = bucket.store("keys").put(path, "plain", sha256=digest)
+
+    assert (stored.kms_key, plain.kms_key) == ("backups", None)
+    assert _kept(store, path, digest, "k", encryption="aws:kms", kms_key="backups") == digest
+    assert _kept(store, path, digest, "k", encryption="aws:kms") == digest
+    with pytest.raises(StepFailedError, match="is encrypted with the key backups, not others"):
+        _kept(store, path, digest, "k", encryption="aws:kms", kms_key="others")
+    with pytest.raises(StepFailedError, match="is stored with encryption None, not aws:kms"):
+        _kept(store, path, digest, "plain", encryption="aws:kms", kms_key="backups")
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "same"),
+    [
+        ("arn:aws:kms:us-east-1:1:key/ab-1", "arn:aws:kms:us-east-1:1:key/ab-1", True),
+        ("arn:aws:kms:us-east-1:1:key/ab-1", "ab-1", True),
+        ("arn:aws:kms:backups", "backups", True),
+        ("arn:aws:kms:us-east-1:1:key/ab-1", "arn:aws:kms:us-east-1:2:key/ab-1", False),
+        ("arn:aws:kms:us-east-1:1:key/ab-1", "b-1", False),
+        (None, "ab-1", False),
+    ],
+)
+def test_a_key_is_known_by_its_whole_name_or_the_last_part(said: str | None, wanted: str, same: bool) -> None:
+    stored = Stored("k", "1", 1, None, encryption="aws:kms", kms_key=said)
+    params = StoreParams(bucket="some-bucket", encryption="aws:kms", kms_key=wanted)
+
+    with contextlib.nullcontext() if same else pytest.raises(StepFailedError):
+        off_site._refuse_otherwise_encrypted(stored, params)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -307,6 +365,48 @@ def test_used_bytes_counts_every_version(store: S3Store, tmp_path: Path) -> None
     _overwrite(store, "k", b"b" * 1000)
 
     assert store.used_bytes() == before + 2000
+
+
+def test_every_version_is_listed(store: S3Store, tmp_path: Path) -> None:
+    path, digest = _file(tmp_path, b"a" * 1000)
+    stored = store.put(path, "run/k", sha256=digest)
+    _overwrite(store, "run/k", b"b" * 7)
+    store.put(path, "run-2/k", sha256=digest)
+
+    found = store.listed("run/")
+
+    assert sorted((one.key, one.size_bytes) for one in found) == [("run/k", 7), ("run/k", 1000)]
+    assert stored.version_id in {one.version_id for one in found}
+    assert {one.key for one in store.listed("")} == {"run/k", "run-2/k"}
+
+
+def test_parts_that_are_no_object_yet_are_counted_and_dropped(
+    bucket: Bucket, store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3, before = store._client, store.used_bytes()
+    names = [f"{store.prefix}/{key}" for key in ("run/one", "run/two", "run-2/one")]
+    uploads_of = {name: s3.create_multipart_upload(Bucket=store.bucket, Key=name)["UploadId"] for name in names}
+    for name, upload in uploads_of.items():
+        s3.upload_part(Bucket=store.bucket, Key=name, UploadId=upload, PartNumber=1, Body=b"x" * (5 << 20))
+    assert store.used_bytes() == before + 3 * (5 << 20)
+
+    assert store.drop_unfinished("run/") == 2
+
+    assert [upload["Key"] for upload in _half(store)] == names[2:]
+    assert store.used_bytes() == before + (5 << 20)
+    # Between the list and the look at one of it, that one is dropped by somebody else.
+    listed = S3Store._unfinished
+    other = bucket.store(store.prefix)
+
+    def dropped_meanwhile(self: S3Store, *words: Any) -> list[Any]:
+        found = listed(self, *words)
+        for upload in _half(store):
+            s3.abort_multipart_upload(Bucket=store.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        return found
+
+    monkeypatch.setattr(S3Store, "_unfinished", dropped_meanwhile)
+    assert other.used_bytes() == before
+    assert other.drop_unfinished("run-2/") == 0
 
 
 def test_wrong_keys_are_denied(bucket: Bucket, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ class Proofs:
             self.shell.run(command, name="dump")
         return Dumped(path, json.loads(json.dumps(taken)))
 
-    def prove(self, path: Path, manifest: dict[str, Any], production: str) -> dict[str, Any]:
+    def prove(self, path: Path, manifest: dict[str, Any], production: str, **more: Any) -> dict[str, Any]:
         params = DatabaseParams(
             host="127.0.0.1",
             port=self.server.server.port,
@@ -137,7 +138,7 @@ class Proofs:
             critical_reads=["SELECT 1"],
         )
         return restore.prove_against_manifest(
-            path, manifest, database=self.database, params=params, shell=self.shell, timeout_s=60, jobs=2
+            path, manifest, database=self.database, params=params, shell=self.shell, timeout_s=60, jobs=2, **more
         )
 
     def why_not(self, path: Path, manifest: dict[str, Any], production: str) -> list[str]:
@@ -192,6 +193,31 @@ def test_whatever_a_database_holds_is_proved_or_named(proofs: Proofs) -> None:
     assert set(one.inventory["extensions"]) == {"plpgsql", *(["file_fdw"] if foreign else [])}
     assert one.inventory["size_bytes"] > 0
     assert one.inventory["server_version"]
+
+
+def test_a_proof_tells_how_far_it_is_and_how_far_it_has_to_go(proofs: Proofs) -> None:
+    name, told = proofs.make(SHOP), {}
+
+    @contextmanager
+    def tell(what: str, done: Callable[[], int], *, total: int | None = None, unit: str = "bytes") -> Iterator[None]:
+        yield
+        told[what] = (total, unit)
+
+    def parts(one: Dumped, **more: Any) -> dict[str, Any]:
+        told.clear()
+        assert proofs.prove(one.path, {**one.manifest(sha256_file(one.path)), **more}, name, told=tell)["ok"]
+        assert told.pop(f"{one.path.name}, hashed") == (one.path.stat().st_size, "bytes")
+        assert told.pop("restore") == (one.inventory["size_bytes"], "bytes")
+        assert told.pop("comparing the restore") == (2, "tables")
+        return dict(told)
+
+    packed, plain, folder = (proofs.dump(name, PACKINGS[kind]) for kind in ("zstd", "none", "directory"))
+
+    assert parts(packed, proof={"unpacked_bytes": 4711}) == {"dump, unpacked": (4711, "bytes")}
+    assert parts(packed, proof=None) == {"dump, unpacked": (None, "bytes")}
+    assert parts(plain) == {"dump, read to its end": (None, "s")}
+    size = folder.path.stat().st_size
+    assert parts(folder) == {"dump, unpacked": (size, "bytes"), "dump, read to its end": (None, "s")}
 
 
 def test_a_dump_of_several_jobs_is_one_file_and_leaves_no_folder(proofs: Proofs) -> None:

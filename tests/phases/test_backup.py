@@ -19,6 +19,7 @@ import psycopg
 import pytest
 
 from runbook_lib import backup_files, off_site, restore
+from runbook_lib.adapters.objects import S3Store
 from runbook_lib.canonical import sha256_file
 from runbook_lib.errors import PausedError, StepFailedError, StepInDoubtError
 from runbook_lib.model import Command, Status, StepResult
@@ -59,7 +60,11 @@ def _kept(one: Opened) -> list[str]:
     return sorted(p.name for p in Path(one.run.params.backup.directory).iterdir() if p.suffix != ".json")
 
 
-def test_a_whole_backup_is_proved_and_named_in_one_manifest(opened: Open, twin: dict[str, Any]) -> None:  # noqa: F811
+def test_a_whole_backup_is_proved_and_named_in_one_manifest(
+    opened: Open,  # noqa: F811
+    twin: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
     one = opened()
     run = one.run
     prepare.freeze_merges(run)
@@ -72,7 +77,8 @@ def test_a_whole_backup_is_proved_and_named_in_one_manifest(opened: Open, twin: 
     assert all(entry["equal"] for entry in manifest["files"])
     assert manifest["inventory"]["tables"]["public.orders"]["rows"] >= 5000
     assert manifest["proof"]["equal"]
-    assert manifest["loss_window"]["written_bytes"] >= 0
+    assert manifest["proof"]["unpacked_bytes"] > manifest["files"][0]["bytes"], "it was behind zstd"
+    assert set(manifest["loss_window"]) == {"since", "lsn"}
     card = run.state.fact("backup.compare_hashes", "backup")
     assert card.startswith("source = local = S3 for 7 of 7 files, restore proved, ")
     assert all(entry["duration_s"] > 0 for entry in manifest["files"] if entry["kind"] in ("dump", "files"))
@@ -85,6 +91,13 @@ def test_a_whole_backup_is_proved_and_named_in_one_manifest(opened: Open, twin: 
     listed = json.loads((run.folder / "artifacts/backup/files-app-01.json").read_bytes())["files"]
     assert {"current/REVISION", "shared/env"} <= set(listed)
     assert run.state.fact("backup.dump_database", "sha256") == manifest["files"][0]["source_sha256"]
+    off_site_too = run.state.fact("backup.compare_hashes", "manifest off site")
+    stored = run.services.store.find(off_site_too["key"])
+    assert stored is not None
+    assert stored.version_id == off_site_too["version_id"]
+    run.services.store.fetch(stored, tmp_path / "manifest.json")
+    assert json.loads((tmp_path / "manifest.json").read_bytes()) == manifest
+    assert off_site_too["key"] == f"{run.run_id}/manifest-{sha256_file(tmp_path / 'manifest.json')}.json"
 
 
 def test_the_inventory_is_the_dumps_own_moment(opened: Open, twin: dict[str, Any]) -> None:  # noqa: F811
@@ -267,6 +280,7 @@ def test_a_local_file_that_differs_closes_the_gate(opened: Open) -> None:  # noq
     assert result is not None
     assert result.verdict == "red"
     assert result.artifacts
+    assert not any(name.startswith("manifest") for name in _off_site(one))
 
 
 def test_an_old_dump_does_not_stand(opened: Open) -> None:  # noqa: F811
@@ -403,22 +417,29 @@ def test_killed_while_restoring_no_scratch_database_stays(
     assert _scratch_databases(twin) == []
 
 
+def _off_site(one: Opened) -> list[str]:
+    """The name of every version that the store has of a run's backup."""
+    store: Any = one.run.services.store
+    said = store._client.list_object_versions(Bucket=store.bucket, Prefix=f"{store.prefix}/{one.run.run_id}/")
+    return [version["Key"].rpartition("/")[2] for version in said.get("Versions", [])]
+
+
 def test_killed_while_copying_each_file_is_stored_once(opened: Open) -> None:  # noqa: F811
     one = opened()
     _backed_up(one)
-    store: Any = one.run.services.store
-    prefix = f"{store.prefix}/{one.run.run_id}/"
-
-    def versions() -> list[Any]:
-        said = store._client.list_object_versions(Bucket=store.bucket, Prefix=prefix)
-        return list(said.get("Versions", []))
-
-    one.kill_when("backup.replicate_off_site", lambda: len(versions()) >= 2)
+    one.kill_when("backup.replicate_off_site", lambda: len(_off_site(one)) >= 2)
 
     backup.replicate_off_site(one.run)
 
-    assert len(versions()) == 7
-    assert len({version["Key"] for version in versions()}) == 7
+    copies = _off_site(one)
+    assert len(copies) == len(set(copies)) == 7
+    # The shop sells on, and the server's log grows: what a manifest says is of the backup, and not of the moment.
+    one.kill_when("backup.compare_hashes", lambda: len(_off_site(one)) > 7, when="after the effect")
+    backup.compare_hashes(one.run)
+
+    (manifest,) = set(_off_site(one)) - set(copies)
+    assert sorted(_off_site(one)) == sorted([*copies, manifest])
+    assert manifest == f"manifest-{sha256_file(one.run.folder / 'artifacts/backup/manifest.json')}.json"
 
 
 def test_killed_while_archiving_one_archive_a_host(opened: Open) -> None:  # noqa: F811
@@ -470,6 +491,13 @@ def _runbook(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
 
+def _impatient(*words: str) -> subprocess.CompletedProcess[str]:
+    """A command that tells its progress from the first moment on."""
+    code = "from runbook_lib import cli, progress as p; p._EVERY_S = cli._PROGRESS_EVERY_S = 0.001; p._PATIENCE_S = 0; cli.main()"
+    argv = (sys.executable, "-c", code, *words)
+    return subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
 def test_a_dump_is_proved_later_by_command(opened: Open, twin: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
     one = opened()
     _backed_up(one)
@@ -481,7 +509,7 @@ def test_a_dump_is_proved_later_by_command(opened: Open, twin: dict[str, Any], t
 
     good = _runbook("backup", "prove", str(dump), "--manifest", str(manifest), "--json")
     bad = _runbook("backup", "prove", str(cut), "--manifest", str(manifest), "--json")
-    shown = _runbook("backup", "prove", str(dump), "--manifest", str(manifest))
+    shown = _impatient("backup", "prove", str(dump), "--manifest", str(manifest))
 
     assert good.returncode == 0, good.stderr
     assert json.loads(good.stdout)["ok"]
@@ -490,6 +518,7 @@ def test_a_dump_is_proved_later_by_command(opened: Open, twin: dict[str, Any], t
     assert json.loads(bad.stdout)["why"]
     assert "✔ public.orders: " in shown.stdout
     assert "is proved" in shown.stdout
+    assert "restore: " in shown.stderr
     assert _scratch_databases(twin) == []
 
 
@@ -510,7 +539,12 @@ def test_what_cannot_be_proved_is_said_before_anything_starts(
     manifest: str,
     says: str,
 ) -> None:
-    known = {"run": "r", "environment": "rehearsal", "inventory": {}, "files": [{"kind": "dump", "source_sha256": "0"}]}
+    known = {
+        "run": "r",
+        "environment": "rehearsal",
+        "inventory": {},
+        "files": [{"kind": "dump", "source_sha256": "0" * 64}],
+    }
     (tmp_path / "manifest.json").write_text(json.dumps(known))
     (tmp_path / "one.dump").write_text("x")
     (tmp_path / "list.json").write_text("[]")
@@ -526,29 +560,58 @@ def test_what_cannot_be_proved_is_said_before_anything_starts(
 def test_what_is_kept_is_listed(opened: Open) -> None:  # noqa: F811
     one = opened()
     _backed_up(one)
-    folder = Path(one.run.params.backup.directory)
-    before = json.loads(_runbook("backup", "list", "rehearsal", "--json").stdout)
+    folder, store = Path(one.run.params.backup.directory), one.run.services.store
+    assert isinstance(store, S3Store)
+
+    def listed() -> list[Any]:
+        # The store is that of all tests here, and each has a ledger of its own.
+        found = json.loads(_runbook("backup", "list", "rehearsal", "--json").stdout)
+        return [row for row in found if row["path"] or row["run_id"].endswith("-lost")]
+
+    before = listed()
     backup.validate_backup(one.run)
     backup.replicate_off_site(one.run)
-    backup_files.archive_path(one.run, "app-02").unlink()
+    first, second, third = (backup_files.archive_path(one.run, host) for host in list(one.run.params.all_hosts)[:3])
+    second.unlink()
     (folder / "old.dump").write_text("x")
     (folder / "left.dump.part").write_text("x")
+    (folder / "left.dump.tar.part.folder").mkdir()
+    (folder / "left.dump.tar.part.folder" / "toc.dat").write_text("x" * 10)
+    (folder / "lost+found").mkdir()
+    s3, prefix = store._client, f"{store.prefix}/{one.run.run_id}/"
+    gone = store.find(f"{one.run.run_id}/{third.name}")
+    assert gone is not None
+    s3.delete_object(Bucket=store.bucket, Key=prefix + third.name, VersionId=gone.version_id)
+    s3.put_object(Bucket=store.bucket, Key=f"{store.prefix}/20200101T000000Z-v1-lost/a.dump.zst", Body=b"xyz")
 
-    after = {
-        Path(row["path"]).name: row for row in json.loads(_runbook("backup", "list", "rehearsal", "--json").stdout)
-    }
+    after = {Path(row["path"] or row["off_site"]).name: row for row in listed()}
 
     assert len(before) == 1 + len(one.run.params.all_hosts)
-    assert not any(row["proved"] or row["off_site"] for row in before)
+    assert not any(row["proved"] or row["off_site"] or row["stored"] for row in before)
     dump = after[backup_files.dump_path(one.run).name]
     assert (dump["kind"], dump["local"], dump["proved"], dump["run_id"]) == ("dump", "there", True, one.run.run_id)
     assert dump["off_site"].startswith("s3://")
     assert dump["version_id"]
     assert 0 <= dump["age_s"] < 600
-    assert after[backup_files.archive_path(one.run, "app-02").name]["local"] == "missing"
+    assert (dump["stored"], after[first.name]["stored"], after[third.name]["stored"]) == ("there", "there", "missing")
+    assert after[second.name]["local"] == "missing"
     assert (after["old.dump"]["kind"], after["old.dump"]["proved"]) == ("unknown", False)
     assert after["left.dump.part"]["local"] == "unfinished"
-    assert _runbook("backup", "list", "rehearsal").stdout.count("\n") == len(after)
+    left = after["left.dump.tar.part.folder"]
+    assert (left["local"], left["size_bytes"]) == ("unfinished", 10)
+    assert "lost+found" not in after
+    lost = after["a.dump.zst"]
+    assert (lost["kind"], lost["local"], lost["stored"]) == ("unknown", "missing", "there")
+    assert lost["off_site"] == f"s3://{store.bucket}/{store.prefix}/20200101T000000Z-v1-lost/a.dump.zst"
+    assert lost["taken"] == "2020-01-01T00:00:00Z"
+
+    facts = Path(os.environ["RUNBOOK_HOME"]) / "stack.json"
+    facts.write_text(facts.read_text().replace(str(store.endpoint), "http://127.0.0.1:9"))
+    silent = _runbook("backup", "list", "rehearsal", "--json")
+    assert silent.returncode == 0
+    assert "the store was not asked: s3://" in silent.stderr
+    assert {row["stored"] for row in json.loads(silent.stdout) if row["run_id"]} == {"not asked"}
+    assert _runbook("backup", "list", "rehearsal").stdout.count("\n") == len(json.loads(silent.stdout))
     assert _runbook("backup", "list", "nowhere").returncode == 2
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from runbook_lib import backup_files, off_site
-from runbook_lib.adapters import objects
+from runbook_lib import backup_files, executor, off_site
+from runbook_lib.adapters import objects, processes
 from runbook_lib.phases import backup
 from tests.phases.conftest_backup import Opened, opened, slow_tools, twin  # noqa: F401  # fixtures
 from tests.phases.test_backup import _admin, _path
@@ -118,6 +118,35 @@ def test_killed_while_it_is_sent_nothing_half_stays(big: Opened, stopping: Path)
     backup.replicate_off_site(big.run)
 
     assert there.versions() == _copies(big)
+    assert there.half() == []
+
+
+def test_a_run_that_ends_leaves_nothing_half_sent(big: Opened, stopping: Path) -> None:
+    run, there, store = big.run, _There(big), big.run.services.store
+    with _path(stopping), ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(there.two_parts_before, stopping / "go")
+        backup.archive_files(run)
+    looking.result()
+    assert len(there.half()) == 1
+    assert isinstance(store, objects.S3Store)
+    answering, store.endpoint = store.endpoint, "http://127.0.0.1:9"
+    off_site.drop_unfinished(run)
+    store.endpoint = answering
+    (note,) = [event.data["text"] for event in run.ledger.events(run.run_id) if event.kind == "note"]
+    assert note.startswith("parts of this run's copies may be left in the store"), "it ends all the same"
+    assert len(there.half()) == 1
+
+    executor.abort(run, reason="the release is put off")
+
+    assert there.half() == []
+    assert run.state.ended == "aborted"
+    # On another machine lies no note of what was sent: there the ledger says that somebody was at it.
+    store._client.create_multipart_upload(Bucket=store.bucket, Key=f"{store.prefix}/{run.run_id}/one.dump")
+    off_site.drop_unfinished(run)
+    assert len(there.half()) == 1, "nothing is asked of the store where nothing was sent"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "_machine", lambda: {"host": "another", "machine": "another", "pids": ""})
+        off_site.drop_unfinished(run)
     assert there.half() == []
 
 

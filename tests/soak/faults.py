@@ -139,7 +139,12 @@ def _asleep(seconds: float) -> Begin:
     return begin
 
 
-_S3_STEPS = ("backup.replicate_off_site", "prepare.check_capacity", "backup.recheck_preparation")
+_S3_STEPS = (
+    "backup.replicate_off_site",
+    "backup.compare_hashes",
+    "prepare.check_capacity",
+    "backup.recheck_preparation",
+)
 _DATABASE_STEPS = ("dump_database", "validate_backup", "migrate.", "fence", "rollback.restore_schema", "check_capacity")
 _SILENT_STEPS = ("dump_database", "migrate_production", "fence_writes", "check_locks")
 _LEDGER = r"LedgerUnavailableError: the ledger .* cannot be used: "

@@ -1309,7 +1309,7 @@ _BACKUPS = (
     Guard(
         "a dump that changed since is not restored",
         _BACKUP,
-        "if not dump.is_file() or sha256_file(dump) != was_dumped:",
+        "if not dump.is_file() or progress.sha256(dump, tell) != was_dumped:",
         "if False:",
         (f"{_T_BACKUP}a_dump_that_changed_since_is_not_restored",),
     ),
@@ -1326,6 +1326,20 @@ _BACKUPS = (
         "if kind is not None and self._upload:",
         "if False:",
         (f"{_T_UPLOADS}what_a_failed_step_sent_does_not_stay_in_the_store",),
+    ),
+    Guard(
+        "a run that ends drops what it sent ahead",
+        _EXECUTOR,
+        "        off_site.drop_unfinished(run)\n",
+        "",
+        ("tests/phases/test_sent_ahead.py::test_a_run_that_ends_leaves_nothing_half_sent",),
+    ),
+    Guard(
+        "parts that are no object yet count in the bucket's room",
+        _OBJECTS,
+        "return half + sum(",
+        "return sum(",
+        (f"{_T_OBJECTS}parts_that_are_no_object_yet_are_counted_and_dropped",),
     ),
     Guard(
         "a dump is read to its last byte",
@@ -1445,6 +1459,20 @@ _BACKUPS = (
         "    if found != digest:\n",
         "    if False:\n",
         (f"{_T_BACKUP}a_copy_that_comes_back_as_something_else_is_no_copy",),
+    ),
+    Guard(
+        "an off-site copy is under the key that the params name",
+        _OFF_SITE,
+        '    if wanted.kms_key is not None and wanted.kms_key not in (known, re.split("[:/]", known)[-1]):\n',
+        "    if False:\n",
+        (f"{_T_OBJECTS}a_copy_under_another_key_of_the_key_server_does_not_count",),
+    ),
+    Guard(
+        "an off-site copy is retained as long as the params ask",
+        _OFF_SITE,
+        "    if datetime.fromisoformat(stored.retained_until) < least - _CLOCKS_DIFFER:\n",
+        "    if False:\n",
+        (f"{_T_OBJECTS}what_is_retained_cannot_be_removed",),
     ),
     Guard(
         "a run's folder comes from the store byte for byte, or not at all",

@@ -203,6 +203,7 @@ _PLACES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("dumps: a level that gzip has not", "level", {"backup.dump": {"compression": "gzip", "level": 19}}),
     ("a KMS key and no KMS", "kms_key", {"backup.store.encryption": None}),
     ("a KMS key for AES256", "kms_key", {"backup.store.encryption": "AES256"}),
+    ("a KMS key by its alias", "kms_key", {"backup.store.kms_key": "alias/backups"}),
 )
 _LOCAL: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("message folders", "messages.chat", {}),

@@ -171,7 +171,7 @@ class World:
             "environment": "shop",
             "run": RUN_ID,
             "inventory": {},
-            "files": [{"kind": "dump", "source_sha256": "0"}],
+            "files": [{"kind": "dump", "source_sha256": "0" * 64}],
         }
         (there / "manifest.json").write_text(json.dumps(good))
         for tool in _TOOLS:

@@ -15,6 +15,7 @@ import subprocess
 import time
 import urllib.request
 import xmlrpc.client
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from tests.project import Project
 PRODUCTION, STAGING = "prod_db", "staging_db"
 # Folders and files of the twin that steps write to; what is not here is a server's own.
 OUTWARD = ("outbox", "calendar", "pages", "tickets", "tracker.csv")
+_A_MANIFEST = re.compile(r"/manifest-[0-9a-f]{64}\.json$")
 _FENCE = "default_transaction_read_only=on"
 
 View = dict[str, Any]
@@ -59,7 +61,7 @@ class World:
         return {
             # Beside each lies a note of what was verified: a backup is what is left without it.
             "backups": [name for name in self._listed(self.twin / "backups") if not name.endswith(".json")],
-            "s3": {key: len(versions) for key, versions in self._versions().items()},
+            "s3": dict(self._stored()),
             "schema": {name: self._schema(name) for name in (PRODUCTION, STAGING)},
             "scratch databases": self._query(
                 "postgres", "SELECT datname FROM pg_database WHERE datname LIKE '%scratch%'"
@@ -177,6 +179,13 @@ class World:
                 if "/runs/" in version["Key"]:
                     continue
                 found.setdefault(version["Key"], []).append(version["VersionId"])
+        return found
+
+    def _stored(self) -> Counter[str]:
+        """Key → versions; a manifest is named by its content, which tells how long each part took."""
+        found: Counter[str] = Counter()
+        for key, versions in self._versions().items():
+            found[_A_MANIFEST.sub("/manifest-SHA256.json", key)] += len(versions)
         return found
 
     # --- checkpoints ---------------------------------------------------------------------------------------------

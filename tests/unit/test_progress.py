@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import papermill
 import pytest
 
 from runbook_lib import cli, live_chart, progress
+from runbook_lib.canonical import sha256_file
 from runbook_lib.errors import StepFailedError
 from runbook_lib.model import Recovery, StepResult
 from runbook_lib.notebook_html import notebook_html
@@ -130,6 +132,20 @@ def test_nothing_fails_because_it_is_watched(tmp_path: Path, at_once: None) -> N
         wait_until(lambda: len(looks) > 2, "looking")
 
     assert progress.now(tmp_path) == []
+
+
+def test_a_file_is_hashed_and_how_far_it_is_read_is_told(tmp_path: Path) -> None:
+    file, told = tmp_path / "one.dump", []
+    file.write_bytes(bytes(range(256)) * 4000)
+
+    @contextmanager
+    def tell(what: str, done: Callable[[], int], *, total: int | None = None, unit: str = "bytes") -> Iterator[None]:
+        told.append(done())
+        yield
+        told.extend((what, done(), total, unit))
+
+    assert progress.sha256(file, tell) == sha256_file(file)
+    assert told == [0, "one.dump, hashed", 1_024_000, 1_024_000, "bytes"]
 
 
 def test_the_last_word_of_a_killed_process_is_not_told(tmp_path: Path) -> None:
