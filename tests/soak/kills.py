@@ -57,10 +57,17 @@ class Kill:
     resume_s: float
     work_s: float
     said: str = ""
+    undelivered: bool = (
+        False  # a word to people that a killed command did not say: the step tells it, the review tries again
+    )
+
+    @property
+    def lost(self) -> bool:
+        return bool(self.differs) and not self.undelivered
 
     @property
     def good(self) -> bool:
-        wrong = self.differs or self.wrong_green or self.broken or self.left_over
+        wrong = self.lost or self.wrong_green or self.broken or self.left_over
         return not wrong and (self.green or self.blocked) and self.resume_s - self.work_s <= 10.0
 
 
@@ -210,6 +217,7 @@ def try_kill(walk: Walk, number: int, key: str) -> Kill:
     """Run one case; all that is not given is drawn from its number."""
     from runbook_lib import wiring
     from runbook_lib.fsck import examine
+    from runbook_lib.outward import UNDELIVERED
 
     draw = random.Random(number)
     target = draw.choice(TARGETS)
@@ -259,6 +267,7 @@ def try_kill(walk: Walk, number: int, key: str) -> Kill:
         resume_s=round(resume_s, 2),
         work_s=round(sum(event.data["duration_s"] for event in done), 2),
         said="" if green and not resumed else log.read_text()[-1500:],
+        undelivered=green and any(UNDELIVERED in state.step(other).result.facts for other in rest),
     )
 
 
@@ -315,13 +324,15 @@ def table(results: list[Kill]) -> str:
                 continue
             over = [r.resume_s - r.work_s for r in of]
             rows.append(
-                f"| {target} | {ledger} | {len(of)} | {sum(bool(r.differs) for r in of)} | {sum(r.wrong_green for r in of)} | "
+                f"| {target} | {ledger} | {len(of)} | {sum(r.lost for r in of)} | {sum(r.wrong_green for r in of)} | "
                 f"{sum(bool(r.broken) for r in of)} | {sum(bool(r.left_over) for r in of)} | "
                 f"{sum(not r.green and not r.blocked for r in of)} | {sum(r.blocked for r in of)} | "
                 f"{statistics.median(over):.1f} s | {max(over):.1f} s |"
             )
     struck = Counter(r.step.partition(".")[0] for r in results if r.killed)
     rows += ["", f"Kills by phase: {', '.join(f'{phase} {count}' for phase, count in struck.items())}."]
+    told = sum(r.undelivered for r in results)
+    rows += ["", f"Told as not delivered, for the review to try again: {told}."]
     return "\n".join(rows)
 
 
