@@ -8,6 +8,7 @@ access here. The server's own hash of a text is the same in all its versions, as
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,10 @@ from typing import Any, LiteralString
 import psycopg
 from psycopg import IsolationLevel, sql
 
+from runbook_lib.adapters import catalogue
 from runbook_lib.canonical import digest
 
-FORMAT = 2
+FORMAT = 3
 # Text forms of values depend on these; `row_security` off makes a hidden row an error instead of an omission.
 _SETTINGS = (
     "SET search_path = pg_catalog",
@@ -46,35 +48,13 @@ _SEQUENCES = f"""
     SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND {_OURS} ORDER BY 1, 2
 """  # noqa: S608  # constants
-_STRUCTURE = {
-    "columns": f"""
-        SELECT n.nspname || '.' || c.relname || '.' || a.attname,
-               format_type(a.atttypid, a.atttypmod) || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END
-               || coalesce(' DEFAULT ' || pg_get_expr(f.adbin, f.adrelid), '')
-        FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-        LEFT JOIN pg_attrdef f ON f.adrelid = a.attrelid AND f.adnum = a.attnum
-        WHERE c.relkind IN ('r', 'p', 'v', 'm') AND a.attnum > 0 AND NOT a.attisdropped AND c.relpersistence <> 't' AND {_OURS}
-    """,  # noqa: S608
-    "indexes": f"""
-        SELECT n.nspname || '.' || c.relname, pg_get_indexdef(c.oid) || CASE WHEN i.indisvalid THEN '' ELSE ' INVALID' END
-        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_index i ON i.indexrelid = c.oid
-        WHERE c.relkind IN ('i', 'I') AND c.relpersistence <> 't' AND {_OURS}
-    """,  # noqa: S608
-    "constraints": f"""
-        SELECT n.nspname || '.' || c.relname || '.' || k.conname, pg_get_constraintdef(k.oid)
-        FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE k.contype <> 'n' AND c.relpersistence <> 't' AND {_OURS}
-    """,  # noqa: S608
-    "views": f"""
-        SELECT n.nspname || '.' || c.relname, pg_get_viewdef(c.oid)
-        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('v', 'm') AND {_OURS}
-    """,  # noqa: S608
-    "triggers": f"""
-        SELECT n.nspname || '.' || c.relname || '.' || t.tgname, pg_get_triggerdef(t.oid)
-        FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE NOT t.tgisinternal AND {_OURS}
-    """,  # noqa: S608
-}
+# A new database has it, whether its source had it or not, and pg_dump does not take it away. What version of an extension
+# there is, is the server's matter.
+_NOT_OF_THE_DUMP = re.compile(r"schema public$|extension ")
+_BROKEN_INDEXES = """
+    SELECT 'index ' || indexrelid::regclass FROM pg_index i JOIN pg_class c ON c.oid = indrelid
+    WHERE NOT (indisready AND (indisvalid OR relkind = 'p')) AND relkind <> 't' AND relpersistence <> 't' ORDER BY 1
+"""
 
 
 def prepare(connection: psycopg.Connection[Any]) -> None:
@@ -94,7 +74,16 @@ _LARGE_OBJECTS = """
 _NOT_PROVABLE = f"""
     SELECT CASE c.relkind WHEN 'f' THEN 'foreign table ' ELSE 'materialized view ' END || n.nspname || '.' || c.relname
            || CASE c.relkind WHEN 'f' THEN ': its rows are on another server' ELSE ': made anew by a restore' END
-    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('f', 'm') AND {_OURS} ORDER BY 1
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('f', 'm') AND {_OURS}
+    UNION ALL
+    SELECT 'extension ' || extname || ': rows of its own tables' FROM pg_extension WHERE cardinality(extconfig) > 0
+    UNION ALL
+    SELECT 'comments on objects: not compared' WHERE EXISTS (SELECT 1 FROM pg_description WHERE objoid >= 16384)
+    UNION ALL
+    SELECT 'settings of the database (ALTER DATABASE, ALTER ROLE IN DATABASE): in no backup'
+    WHERE EXISTS (SELECT 1 FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase AND d.datname = current_database())
+    UNION ALL
+    SELECT 'owners and rights: the dump holds none' ORDER BY 1
 """  # noqa: S608  # constants
 _SELF = "SELECT current_database(), current_setting('server_version'), pg_database_size(current_database())"
 _POSITION = "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END)::text"
@@ -117,14 +106,13 @@ def take(
     with _reading(connect, snapshot) as connection:
         rows = connection.execute(_TABLES).fetchall()
         sequences = dict(_sequence(connection, *row) for row in connection.execute(_SEQUENCES).fetchall())
-        structure = {
-            kind: {name: digest(text or "")[:16] for name, text in connection.execute(query).fetchall()}
-            for kind, query in _STRUCTURE.items()
-        }
+        definitions = structure(connection)
         objects = _one_row(connection, _LARGE_OBJECTS)
         name, version, size_bytes = _one_row(connection, _SELF)
         extensions = dict(connection.execute("SELECT extname, extversion FROM pg_extension ORDER BY 1").fetchall())
         not_provable = [row[0] for row in connection.execute(_NOT_PROVABLE).fetchall()]
+        broken = [row[0] for row in connection.execute(_BROKEN_INDEXES).fetchall()]
+        not_provable += [f"{name}: it is not valid, and so not in the dump" for name in broken]
     # Big ones first, each job its next one: the last to end is a small one.
     left: deque[tuple[str, str]] = deque((schema, table) for schema, table, _ in sorted(rows, key=lambda r: -r[2]))
     tables: dict[str, dict[str, Any]] = {}
@@ -153,10 +141,20 @@ def take(
         "extensions": extensions,
         "tables": dict(sorted(tables.items())),
         "sequences": sequences,
-        "structure": structure,
+        "structure": definitions,
         "large_objects": objects[0],
         "large_objects_content": digest(list(objects[1:]))[:32],
         "not_provable": not_provable,
+    }
+
+
+def structure(connection: psycopg.Connection[Any]) -> dict[str, str]:
+    """Each object that pg_dump takes of the schema, with a digest of its definition; a session prepared by `prepare`."""
+    broken = {row[0] for row in connection.execute(_BROKEN_INDEXES).fetchall()}
+    return {
+        name: digest(text)[:16]
+        for name, text in catalogue.objects(connection).items()
+        if not _NOT_OF_THE_DUMP.match(name) and name not in broken
     }
 
 
@@ -219,14 +217,10 @@ def differences(source: Mapping[str, Any], restored: Mapping[str, Any]) -> list[
             found.append(f"sequence {name} is missing")
         elif abs(int(now["last_value"])) < abs(int(was["last_value"])):
             found.append(f"sequence {name} stands at {now['last_value']}, before {was['last_value']}")
-    for kind, things in source["structure"].items():
-        there = restored["structure"].get(kind, {})
-        for name, text in things.items():
-            if name not in there:
-                found.append(f"{kind}: {name} is missing")
-            elif there[name] != text:
-                found.append(f"{kind}: {name} is defined otherwise")
-        found += [f"{kind}: {name} was not in the source" for name in there if name not in things]
+    was, now = source["structure"], restored["structure"]
+    found += [f"{name} is missing" for name in was if name not in now]
+    found += [f"{name} is defined otherwise" for name in was if name in now and was[name] != now[name]]
+    found += [f"{name} was not in the source" for name in now if name not in was]
     if source["large_objects"] != restored["large_objects"]:
         found.append(f"{restored['large_objects']} large objects instead of {source['large_objects']}")
     elif source["large_objects_content"] != restored["large_objects_content"]:

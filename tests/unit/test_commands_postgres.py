@@ -133,7 +133,7 @@ def _inventory(**tables: tuple[int, str]) -> dict[str, object]:
     return {
         "tables": {name: {"rows": rows, "content": content} for name, (rows, content) in tables.items()},
         "sequences": {"public.s": {"last_value": "10", "is_called": True}},
-        "structure": {"indexes": {"public.i": "d1"}},
+        "structure": {"index public.i": "d1", "table public.t": "d2"},
         "large_objects": 0,
         "large_objects_content": "",
         "extensions": {"plpgsql": "1.0"},
@@ -149,7 +149,7 @@ def test_every_difference_is_said() -> None:
     restored = _inventory(a=(1, "other"), b=(1, "y"), d=(0, ""))
     restored |= {
         "sequences": {"public.s": {"last_value": "9", "is_called": True}},
-        "structure": {"indexes": {"public.j": "d1"}},
+        "structure": {"index public.j": "d1", "table public.t": "d3"},
         "large_objects": 2,
         "extensions": {},
     }
@@ -162,8 +162,9 @@ def test_every_difference_is_said() -> None:
         "table c is missing",
         "table d was not in the source",
         "sequence public.s stands at 9, before 10",
-        "indexes: public.i is missing",
-        "indexes: public.j was not in the source",
+        "index public.i is missing",
+        "table public.t is defined otherwise",
+        "index public.j was not in the source",
         "2 large objects instead of 0",
         "extension plpgsql is missing",
     ]
