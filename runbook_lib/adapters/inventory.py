@@ -45,7 +45,8 @@ _TABLES = f"""
     WHERE c.relkind = 'r' AND c.relpersistence <> 't' AND {_OURS} ORDER BY 1, 2
 """  # noqa: S608  # constants
 _SEQUENCES = f"""
-    SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    SELECT n.nspname, c.relname, s.seqincrement, s.seqcycle FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    JOIN pg_sequence s ON s.seqrelid = c.oid
     WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND {_OURS} ORDER BY 1, 2
 """  # noqa: S608  # constants
 # A new database has it, whether its source had it or not, and pg_dump does not take it away. What version of an extension
@@ -67,9 +68,21 @@ _COUNT = (
     "SELECT count(*), coalesce(sum(hashtextextended(t, 0)), 0)::text, coalesce(sum(hashtextextended(t, 1)), 0)::text"
     ' FROM (SELECT (runbook_row.*)::text COLLATE "C" AS t FROM ONLY {} AS runbook_row OFFSET 0) AS texts'
 )
+# By pieces: a value of PostgreSQL holds 1 GB, a large object 4 TB. Reading its pages would be quicker and takes a superuser;
+# for this the right is enough that pg_dump needs too.
+LARGE_OBJECT_PIECE = 8 << 20
 _LARGE_OBJECTS = """
-    SELECT count(*), coalesce(sum(hashtextextended(t, 0)), 0)::text, coalesce(sum(hashtextextended(t, 1)), 0)::text
-    FROM (SELECT oid || ':' || md5(lo_get(oid)) AS t FROM pg_largeobject_metadata OFFSET 0) AS texts
+    WITH RECURSIVE pieces (oid, start, size, content) AS (
+      SELECT oid, 0::bigint, length(bytes), md5(bytes)
+        FROM (SELECT oid, lo_get(oid, 0, {size}) AS bytes FROM pg_largeobject_metadata OFFSET 0) AS first
+      UNION ALL
+      SELECT oid, start, length(bytes), md5(bytes)
+        FROM (SELECT oid, start + size AS start, lo_get(oid, start + size, {size}) AS bytes
+                FROM pieces WHERE size = {size} OFFSET 0) AS next
+    )
+    SELECT count(*) FILTER (WHERE start = 0), coalesce(sum(hashtextextended(t, 0)), 0)::text,
+           coalesce(sum(hashtextextended(t, 1)), 0)::text
+    FROM (SELECT start, oid || ':' || start || ':' || content AS t FROM pieces) AS texts
 """
 _NOT_PROVABLE = f"""
     SELECT CASE c.relkind WHEN 'f' THEN 'foreign table ' ELSE 'materialized view ' END || n.nspname || '.' || c.relname
@@ -77,6 +90,12 @@ _NOT_PROVABLE = f"""
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('f', 'm') AND {_OURS}
     UNION ALL
     SELECT 'extension ' || extname || ': rows of its own tables' FROM pg_extension WHERE cardinality(extconfig) > 0
+    UNION ALL
+    SELECT 'sequence ' || n.nspname || '.' || c.relname || ': it cycles, where it stands is not compared'
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_sequence s ON s.seqrelid = c.oid WHERE seqcycle AND {_OURS}
+    UNION ALL
+    SELECT 'subscription ' || subname || ': not restored, it would follow its publisher'
+    FROM pg_subscription s JOIN pg_database d ON d.oid = s.subdbid AND d.datname = current_database()
     UNION ALL
     SELECT 'comments on objects: not compared' WHERE EXISTS (SELECT 1 FROM pg_description WHERE objoid >= 16384)
     UNION ALL
@@ -93,21 +112,28 @@ Connect = Callable[[], psycopg.Connection[Any]]
 
 
 def take(
-    connect: Connect, *, snapshot: str | None = None, jobs: int = 1, keep_on: Callable[[], None] = lambda: None
+    connect: Connect,
+    *,
+    snapshot: str | None = None,
+    standing: Mapping[str, Any] | None = None,
+    jobs: int = 1,
+    keep_on: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The inventory of a database, as JSON.
 
     Args:
         connect: opens a session; each is closed here.
         snapshot: exported by a transaction that stays open; None where nobody writes.
+        standing: from `sequences`, when they were read before; by default they are read now.
         jobs: how many tables are read at a time.
         keep_on: called between tables; what it raises ends the inventory.
     """
+    stand = sequences(connect, snapshot) if standing is None else dict(standing)
     with _reading(connect, snapshot) as connection:
         rows = connection.execute(_TABLES).fetchall()
-        sequences = dict(_sequence(connection, *row) for row in connection.execute(_SEQUENCES).fetchall())
         definitions = structure(connection)
-        objects = _one_row(connection, _LARGE_OBJECTS)
+        large = sql.SQL(_LARGE_OBJECTS).format(size=sql.Literal(LARGE_OBJECT_PIECE))
+        objects = _one_row(connection, large)
         name, version, size_bytes = _one_row(connection, _SELF)
         extensions = dict(connection.execute("SELECT extname, extversion FROM pg_extension ORDER BY 1").fetchall())
         not_provable = [row[0] for row in connection.execute(_NOT_PROVABLE).fetchall()]
@@ -140,12 +166,28 @@ def take(
         "size_bytes": size_bytes,
         "extensions": extensions,
         "tables": dict(sorted(tables.items())),
-        "sequences": sequences,
+        "sequences": stand,
         "structure": definitions,
         "large_objects": objects[0],
         "large_objects_content": digest(list(objects[1:]))[:32],
         "not_provable": not_provable,
     }
+
+
+def sequences(connect: Connect, snapshot: str | None = None) -> dict[str, dict[str, Any]]:
+    """Where each sequence stands now: they are outside of snapshots, so it is read before whoever may not be behind it."""
+    found = {}
+    with _reading(connect, snapshot) as connection:
+        for schema, name, increment, cycles in connection.execute(_SEQUENCES).fetchall():
+            query = sql.SQL("SELECT last_value, is_called FROM {}").format(sql.Identifier(schema, name))
+            value, is_called = _one_row(connection, query)
+            found[f"{schema}.{name}"] = {
+                "last_value": str(value),
+                "is_called": is_called,
+                "increment": str(increment),
+                "cycles": cycles,
+            }
+    return found
 
 
 def structure(connection: psycopg.Connection[Any]) -> dict[str, str]:
@@ -184,18 +226,10 @@ def _reading(connect: Connect, snapshot: str | None) -> Iterator[psycopg.Connect
         yield connection
 
 
-def _one_row(connection: psycopg.Connection[Any], query: LiteralString) -> tuple[Any, ...]:
+def _one_row(connection: psycopg.Connection[Any], query: LiteralString | sql.Composed) -> tuple[Any, ...]:
     row = connection.execute(query).fetchone()
     assert row is not None  # noqa: S101
     return tuple(row)
-
-
-def _sequence(connection: psycopg.Connection[Any], schema: str, name: str) -> tuple[str, dict[str, Any]]:
-    row = connection.execute(
-        sql.SQL("SELECT last_value, is_called FROM {}").format(sql.Identifier(schema, name))
-    ).fetchone()
-    assert row is not None  # noqa: S101
-    return f"{schema}.{name}", {"last_value": str(row[0]), "is_called": row[1]}
 
 
 def differences(source: Mapping[str, Any], restored: Mapping[str, Any]) -> list[str]:
@@ -212,11 +246,10 @@ def differences(source: Mapping[str, Any], restored: Mapping[str, Any]) -> list[
     found += [f"table {name} was not in the source" for name in restored["tables"] if name not in source["tables"]]
     for name, was in source["sequences"].items():
         now = restored["sequences"].get(name)
-        # Sequences stand outside snapshots: the dump reads them a moment later, when they may have moved on.
         if now is None:
             found.append(f"sequence {name} is missing")
-        elif abs(int(now["last_value"])) < abs(int(was["last_value"])):
-            found.append(f"sequence {name} stands at {now['last_value']}, before {was['last_value']}")
+        elif _goes_back(was, now):
+            found.append(f"sequence {name} stands at {_place(now)}, before {_place(was)}")
     was, now = source["structure"], restored["structure"]
     found += [f"{name} is missing" for name in was if name not in now]
     found += [f"{name} is defined otherwise" for name in was if name in now and was[name] != now[name]]
@@ -227,6 +260,19 @@ def differences(source: Mapping[str, Any], restored: Mapping[str, Any]) -> list[
         found.append(f"the {source['large_objects']} large objects have other content")
     found += [f"extension {name} is missing" for name in source["extensions"] if name not in restored["extensions"]]
     return found
+
+
+def _goes_back(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a sequence would give a number again. The dump reads it a moment later, when it may have moved on."""
+    towards = -1 if int(was["increment"]) < 0 else 1
+    return not was["cycles"] and (towards * int(now["last_value"]), now["is_called"]) < (
+        towards * int(was["last_value"]),
+        was["is_called"],
+    )
+
+
+def _place(sequence: Mapping[str, Any]) -> str:
+    return f"{sequence['last_value']}{'' if sequence['is_called'] else ' (not given yet)'}"
 
 
 def rows(inventory: Mapping[str, Any]) -> int:

@@ -187,13 +187,15 @@ def read_through(dump_file: Path, *, timeout_s: float) -> Command:
 def restore(server: Server, role: str, dbname: str, dump_file: Path, *, timeout_s: float, jobs: int = 1) -> Command:
     """Restore into an empty database, several tables and indexes at a time; the first error ends it.
 
-    The database is dropped after its proof: nobody waits for its commits to be on disk.
+    The database is dropped after its proof: nobody waits for its commits to be on disk. A subscription would follow its
+    publisher from there, and a database that has one cannot be dropped.
     """
     argv = (
         "pg_restore",
         "--exit-on-error",
         "--no-acl",
         "--no-owner",
+        "--no-subscriptions",
         f"--jobs={jobs}",
         *server.arguments(role, dbname),
         str(dump_file),

@@ -221,7 +221,7 @@ def dump_database(run: Run) -> StepResult:
             dumps.refuse_older_tool(run, connection.info.server_version)
             snapshot = restore.export_snapshot(connection)
             known: dict[str, Any] = {"taken_at": utc_now(), "lsn": snapshot.lsn, "packed_by": packing.words}
-            command = dumps.command(run, snapshot.name, packing, part)
+            command, standing = dumps.command(run, snapshot.name, packing, part), dumps.sequences(run, snapshot.name)
             with (
                 off_site.ahead(run, part, final) as ahead,
                 progress.told(
@@ -230,7 +230,7 @@ def dump_database(run: Run) -> StepResult:
                 ThreadPoolExecutor(1) as pool,
             ):
                 dumping = pool.submit(copy_context().run, run.services.shell.run, command, name="pg_dump")
-                known["inventory"] = dumps.take_inventory(run, snapshot.name, dumping)
+                known["inventory"] = dumps.take_inventory(run, snapshot.name, standing, dumping)
                 # A dump that outlives this process is worth something only with it.
                 dumps.note(run, known)
                 dumping.result()

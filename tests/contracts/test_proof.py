@@ -167,13 +167,21 @@ class Proofs:
     def connect(self, name: str) -> psycopg.Connection[Any]:
         return self.database.connect(twin_postgres.ADMIN, name, application="proof")
 
-    def dump(self, name: str, packing: postgres.Packing, between: Callable[[], None] = lambda: None) -> Dumped:
+    def dump(
+        self,
+        name: str,
+        packing: postgres.Packing,
+        between: Callable[[], None] = lambda: None,
+        *,
+        after: Callable[[], None] = lambda: None,
+    ) -> Dumped:
         path = self.folder / f"{name}-{len(list(self.folder.iterdir()))}{packing.suffix}"
         server = postgres.Server("127.0.0.1", self.server.server.port, str(self.server.server.passfile))
         with self.connect(name) as connection:
             snapshot = restore.export_snapshot(connection)
             between()
             taken = inventory.take(lambda: self.connect(name), snapshot=snapshot.name, jobs=2)
+            after()
             command = postgres.dump(
                 server, twin_postgres.ADMIN, name, snapshot=snapshot.name, packing=packing, into=path, timeout_s=60
             )
@@ -300,6 +308,55 @@ def test_what_is_written_during_the_dump_is_in_neither(proofs: Proofs) -> None:
 
     assert proofs.why_not(one.path, one.manifest(sha256_file(one.path)), name) == []
     assert one.inventory["tables"]["public.orders"]["rows"] == 2000
+
+
+def test_what_lives_on_while_it_is_dumped_is_proved(proofs: Proofs) -> None:
+    """Sequences stand outside of the snapshot; a subscription would follow its publisher from the scratch database."""
+    name = proofs.make(
+        "CREATE SEQUENCE upwards MINVALUE -1000 START -1000; CREATE SEQUENCE countdown INCREMENT -2 MINVALUE 1 MAXVALUE 1000 START 999;"
+        "CREATE SEQUENCE fresh; CREATE SEQUENCE ring MAXVALUE 5 CYCLE;"
+        "SELECT nextval('upwards'), nextval('countdown'), setval('ring', 5);"
+        "CREATE SUBSCRIPTION followed CONNECTION 'host=127.0.0.1 port=1' PUBLICATION p WITH (connect = false, slot_name = NONE)"
+    )
+    moving = "SELECT nextval('upwards'), nextval('countdown'), nextval('fresh'), nextval('ring')"
+    one = proofs.dump(name, ZSTD, after=lambda: proofs.run(name, moving))
+    proofs.run(name, "DROP SUBSCRIPTION followed")
+
+    report = proofs.prove(one.path, one.manifest(sha256_file(one.path)), name)
+
+    assert report["why"] == []
+    assert report["not_provable"] == [
+        "owners and rights: the dump holds none",
+        "sequence public.ring: it cycles, where it stands is not compared",
+        "subscription followed: not restored, it would follow its publisher",
+    ]
+    with proofs.server.session() as session:
+        assert session.execute("SELECT 1 FROM pg_database WHERE datname LIKE 'runbook_scratch_%'").fetchall() == []
+
+
+@pytest.mark.parametrize(
+    "size",
+    [inventory.LARGE_OBJECT_PIECE, pytest.param(1_200_000_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])],
+)
+def test_a_large_object_is_read_to_its_last_byte_by_who_may_only_read_it(proofs: Proofs, size: int) -> None:
+    """What is not written of it takes no room: PostgreSQL reads it as zeros."""
+    name = proofs.make(f"SELECT lo_create(1), lo_create(2), lo_put(2, {size - 1}, 'x')")
+    proofs.run(name, "GRANT SELECT ON LARGE OBJECT 1, 2 TO pg_monitor")
+
+    def reader() -> psycopg.Connection[Any]:
+        session = proofs.connect(name)
+        session.execute("SET ROLE pg_monitor")
+        return session
+
+    before = inventory.take(reader)
+    proofs.run(name, f"SELECT lo_put(2, {size - 1}, 'y')")
+    changed = inventory.take(reader)
+    proofs.run(name, f"SELECT lo_put(2, {size - 1}, 'x'), lo_put(2, {size}, 'z')")
+    longer = inventory.take(reader)
+
+    assert before["large_objects"] == 2
+    for now in (changed, longer):
+        assert inventory.differences(before, now) == ["the 2 large objects have other content"]
 
 
 def test_a_large_object_that_differs_is_seen(proofs: Proofs) -> None:
