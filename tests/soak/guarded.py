@@ -445,7 +445,7 @@ _DURABLE = (
         "a file is replaced whole",
         _CANONICAL,
         "os.replace(scratch, path)",
-        "path.write_bytes(content); os.unlink(scratch)",
+        "path.write_bytes(Path(scratch).read_bytes()); os.unlink(scratch)",
         (f"{_T_DURABLE}who_reads_meanwhile_sees_the_old_content_or_the_new",),
     ),
     Guard(
