@@ -884,7 +884,7 @@ def backup_prove(
     json: Json = False,
 ) -> None:
     """Restore a dump into a scratch database and compare it with its manifest; exits 1 when it is not its source."""
-    from runbook_lib import restore, wiring
+    from runbook_lib import restore, room, wiring
 
     known = restore.read_manifest(manifest)
     where = environment or str(known.get("environment", ""))
@@ -894,6 +894,12 @@ def backup_prove(
     restore.asked_of(dump, known)
     try:
         with wiring.looking_around(params) as run:
+            room.refuse_without(
+                run,
+                dump,
+                unpacked_bytes=restore.unpacked_bytes(dump, known),
+                database_bytes=restore.database_bytes(known),
+            )
             report = restore.prove_against_manifest(
                 dump,
                 known,
@@ -902,6 +908,7 @@ def backup_prove(
                 shell=run.services.shell,
                 timeout_s=run.params.backup.timeout_s,
                 jobs=run.params.backup.jobs,
+                free_ratio=run.params.backup.free_ratio,
             )
     except StepFailedError as error:
         report = {"ok": False, "why": [error.message]}

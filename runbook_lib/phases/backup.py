@@ -309,6 +309,7 @@ def validate_backup(run: Run) -> StepResult:
             timeout_s=run.params.backup.timeout_s,
             jobs=run.params.backup.jobs,
             told=partial(progress.told, run.scratch),
+            free_ratio=run.params.backup.free_ratio,
         ),
         "archives": {},
     }
@@ -327,6 +328,7 @@ def validate_backup(run: Run) -> StepResult:
         "rows compared": inventory.rows(source),
         "files compared": sum(archive["files"] for archive in report["archives"].values()),
         "restore took": f"{report['dump']['restore_s']:.1f} s",
+        "unpacked bytes": report["dump"]["unpacked_bytes"],
         "not covered": report["dump"]["not_provable"],
         "differences": problems[:_MOST_SHOWN],
     }
@@ -462,6 +464,7 @@ def compare_hashes(run: Run) -> StepResult:
         "files": entries,
         "loss_window": loss,
         "proof": proof,
+        "unpacked_bytes": run.state.fact(validate_backup.key(), "unpacked bytes"),
         "inventory": off_site.inventory_of(run),
     }
     kept = run.keep("backup/manifest.json", json.dumps(manifest, indent=1) + "\n")

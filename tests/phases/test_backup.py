@@ -485,6 +485,9 @@ def test_a_dump_is_proved_later_by_command(opened: Open, twin: dict[str, Any], t
     good = _runbook("backup", "prove", str(dump), "--manifest", str(manifest), "--json")
     bad = _runbook("backup", "prove", str(cut), "--manifest", str(manifest), "--json")
     shown = _runbook("backup", "prove", str(dump), "--manifest", str(manifest))
+    params = Path(os.environ["RUNBOOK_HOME"]) / "params" / "rehearsal.yml"
+    params.write_text(params.read_text().replace("free_ratio: 0.15", "free_ratio: 0.9"))
+    full = _runbook("backup", "prove", str(dump), "--manifest", str(manifest))
 
     assert good.returncode == 0, good.stderr
     assert json.loads(good.stdout)["ok"]
@@ -493,6 +496,9 @@ def test_a_dump_is_proved_later_by_command(opened: Open, twin: dict[str, Any], t
     assert json.loads(bad.stdout)["why"]
     assert "✔ public.orders: " in shown.stdout
     assert "is proved" in shown.stdout
+    assert full.returncode == 2
+    assert "the proof is not begun" in full.stderr
+    assert "90% must" in full.stderr
     assert _scratch_databases(twin) == []
 
 
