@@ -6,17 +6,21 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 from runbook_lib import progress
-from runbook_lib.canonical import canonical_json, sha256_file, sync_folder, write_atomically
+from runbook_lib.adapters.file_lists import BEFORE, SOURCE, FileLists
+from runbook_lib.canonical import canonical_json, sha256_file, sync_folder, write_atomically, writing_atomically
 from runbook_lib.commands import archive_files as files
 from runbook_lib.commands import postgres
 from runbook_lib.errors import StepFailedError, StepInDoubtError
 from runbook_lib.model import Command, StepResult
 from runbook_lib.run import Run
 
+_BLOCK_BYTES = 1 << 20
 # The steps' names in the ledger.
 DUMP, VALIDATE = "backup.dump_database", "backup.validate_backup"
 
@@ -84,8 +88,8 @@ def packing(run: Run, host: str) -> files.Packing:
     return files.Packing(program, wanted.level, wanted.threads)
 
 
-def tar_of(run: Run, host: str, known: Mapping[str, str], packed: files.Packing, part: Path) -> Command:
-    """The command that streams a host's files into `part`; `known` is the host's manifest."""
+def tar_of(run: Run, host: str, known: Container[str], packed: files.Packing, part: Path) -> Command:
+    """The command that streams a host's files into `part`; `known` are those of params' names that are files themselves."""
     command = files.create(
         run.params.all_hosts[host].files,
         known=known,
@@ -97,34 +101,50 @@ def tar_of(run: Run, host: str, known: Mapping[str, str], packed: files.Packing,
     return run.services.hosts[host].command(command)
 
 
-def source_manifest(run: Run, host: str) -> dict[str, str]:
-    """Path → sha256 of the host's files, as the host itself reads them now."""
+def list_files(run: Run, host: str, lists: FileLists) -> int:
+    """List the host's files with their sha256, as the host itself reads them now; returns how many they are."""
     into, known = scratch(run) / f"{host}-manifest", foretold(run, host, "files")
-
-    def hashed() -> int:
-        return into.read_bytes().count(b"\0")
-
-    with progress.told(run.scratch, f"files of {host}, hashed there", hashed, total=known, unit="files"):
-        return _listed(run, host, "manifest", files.manifest, files.parse_manifest)
-
-
-def source_stamps(run: Run, host: str, when: str) -> dict[str, str]:
-    """Path → what any write to the file would change; `when` names the log."""
-    return _listed(run, host, f"stamps-{when}", files.stamps, files.parse_stamps)
+    hashed = _Entries(into)
+    with progress.told(run.scratch, f"files of {host}, hashed there", hashed.count, total=known, unit="files"):
+        return _list(
+            run, host, "manifest", files.manifest, lambda blocks: lists.add(SOURCE, files.parse_manifest(blocks))
+        )
 
 
-def _listed(
-    run: Run, host: str, name: str, command: Callable[..., Command], parse: Callable[[bytes], dict[str, str]]
-) -> dict[str, str]:
+def list_stamps(run: Run, host: str, lists: FileLists, of: int) -> None:
+    """List what any write to a file would change, before or after they are read."""
+    name = "stamps-before" if of == BEFORE else "stamps-after"
+    _list(run, host, name, files.stamps, lambda blocks: lists.add(of, files.parse_stamps(blocks)))
+
+
+def _list(
+    run: Run, host: str, name: str, command: Callable[..., Command], keep: Callable[[Iterator[bytes]], int]
+) -> int:
     into = scratch(run) / f"{host}-{name}"
     there = command(run.params.all_hosts[host].files, into=into, timeout_s=run.params.backup.timeout_s)
     run.services.shell.run(run.services.hosts[host].command(there), name=f"{name}-{host}")
     try:
-        return parse(into.read_bytes())
+        with into.open("rb") as file:
+            return keep(iter(partial(file.read, _BLOCK_BYTES), b""))
     except ValueError as error:
         raise StepFailedError(
             f"the list of files of {host} is not readable: {error}", remedy=f"look at {into}"
         ) from error
+
+
+class _Entries:
+    """Counts the entries of a list that is being written; each byte of it is looked at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._at, self._count = path, 0, 0
+
+    def count(self) -> int:
+        with self._path.open("rb") as file:
+            file.seek(self._at)
+            while block := file.read(_BLOCK_BYTES):
+                self._at += len(block)
+                self._count += block.count(b"\0")
+        return self._count
 
 
 def foretold(run: Run, host: str, fact: str) -> int | None:
@@ -167,8 +187,8 @@ def part_of(final: Path) -> Path:
 def _proof(final: Path, digest: str) -> Path:
     """The note of what was verified, beside the backup: whoever sees the one sees the other.
 
-    It is named by the content that it is of: two executors may verify two archives, and one of them gets the name. It
-    holds the step's artifacts too: the run's folder of the machine that wrote them may be lost.
+    It is named by the content that it is of: two executors may verify two archives, and one of them gets the name. Its
+    first line is JSON. The step's artifacts follow as they are: the run's folder of the machine that wrote them may be lost.
     """
     return final.with_name(f"{final.name}.{digest[:16]}.json")
 
@@ -194,11 +214,13 @@ def sync(path: Path) -> None:
 
 def finish(run: Run, part: Path, final: Path, result: StepResult) -> None:
     """Give the backup its name: the last effect, so that the name alone says that it is whole and verified."""
-    texts = {
-        artifact.path: (run.folder / artifact.path).read_bytes().decode("latin-1") for artifact in result.artifacts
-    }
-    note = canonical_json({"result": result.as_json(), "artifacts": texts})
-    write_atomically(_proof(final, str(result.facts["sha256"])), note, mode=0o600)
+    beside = [(artifact.path, run.folder / artifact.path) for artifact in result.artifacts]
+    sizes = [{"path": path, "bytes": file.stat().st_size} for path, file in beside]
+    with writing_atomically(_proof(final, str(result.facts["sha256"])), mode=0o600) as note:
+        note.write(canonical_json({"result": result.as_json(), "artifacts": sizes}) + b"\n")
+        for _, path in beside:
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, note, _BLOCK_BYTES)
     try:
         final.hardlink_to(part)  # unlike a rename it never replaces
     except OSError as error:
@@ -225,7 +247,19 @@ def finished(run: Run, final: Path) -> StepResult | None:
             remedy="compare it by hand, move it away, then resume",
         )
     part_of(final).unlink(missing_ok=True)
-    note = json.loads(proof.read_bytes())
-    for path, content in note["artifacts"].items():
-        write_atomically(run.folder / path, content.encode("latin-1"))
-    return StepResult.from_json(note["result"])
+    with proof.open("rb") as note:
+        known = json.loads(note.readline())
+        if isinstance(known["artifacts"], dict):  # as earlier versions kept them
+            for path, content in known["artifacts"].items():
+                write_atomically(run.folder / path, content.encode("latin-1"))
+        else:
+            for artifact in known["artifacts"]:
+                _take_out(note, int(artifact["bytes"]), run.folder / artifact["path"])
+    return StepResult.from_json(known["result"])
+
+
+def _take_out(note: IO[bytes], size_bytes: int, path: Path) -> None:
+    with writing_atomically(path) as file:
+        while size_bytes and (block := note.read(min(size_bytes, _BLOCK_BYTES))):
+            file.write(block)
+            size_bytes -= len(block)

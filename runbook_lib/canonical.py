@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import rfc8785
 
@@ -44,12 +46,18 @@ def write_atomically(path: Path, data: bytes | str, *, mode: int = 0o644) -> Non
 
     Side effect: makes the parent folders.
     """
-    content = data.encode() if isinstance(data, str) else data
+    with writing_atomically(path, mode=mode) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def writing_atomically(path: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
+    """The same for what the body writes piece by piece; when it fails the old content stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())

@@ -949,7 +949,7 @@ def backup_prove(
     """Restore a dump into a scratch database and compare it with its manifest; exits 1 when it is not its source."""
     from functools import partial
 
-    from runbook_lib import progress, restore, wiring
+    from runbook_lib import progress, restore, room, wiring
 
     known = restore.read_manifest(manifest)
     where = environment or str(known.get("environment", ""))
@@ -959,6 +959,12 @@ def backup_prove(
     restore.asked_of(dump, known)
     try:
         with wiring.looking_around(params) as run, _told(run.scratch):
+            room.refuse_without(
+                run,
+                dump,
+                unpacked_bytes=restore.unpacked_bytes(dump, known),
+                database_bytes=restore.database_bytes(known),
+            )
             report = restore.prove_against_manifest(
                 dump,
                 known,
@@ -968,6 +974,7 @@ def backup_prove(
                 timeout_s=run.params.backup.timeout_s,
                 jobs=run.params.backup.jobs,
                 told=partial(progress.told, run.scratch),
+                free_ratio=run.params.backup.free_ratio,
             )
     except StepFailedError as error:
         report = {"ok": False, "why": [error.message]}

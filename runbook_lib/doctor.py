@@ -7,11 +7,12 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
-from runbook_lib import preflight, wiring
+from runbook_lib import preflight, room, wiring
 from runbook_lib.adapters import http
 from runbook_lib.errors import RunbookError, UsageError
 from runbook_lib.model import Command
 from runbook_lib.params import Database, Params
+from runbook_lib.run import Run
 
 
 def examine(params: Params) -> list[dict[str, Any]]:
@@ -42,6 +43,7 @@ def examine(params: Params) -> list[dict[str, Any]]:
     ):
         check(f"database {database} as {role}", lambda r=role, d=database: _connects(services.database, r, d))  # type: ignore[misc]
     check("fence for the migration tool", lambda: _may_fence(services.database, params.database))
+    check("scratch volume", lambda: _knows_its_room(run))
     check("object store", lambda: f"{services.store.used_bytes():,} bytes stored")
     check("repository", lambda: f"frozen by {services.repository.frozen_by() or 'nobody'}")
     if services.balancer is not None:
@@ -69,6 +71,13 @@ def _answers(command: Command) -> str:
 def _connects(database: Any, role: str, name: str) -> str:
     with database.connect(role, name, application="runbook: doctor") as connection:
         return f"server {connection.info.server_version}"
+
+
+def _knows_its_room(run: Run) -> str:
+    volume = room.of_scratch(run, 0)
+    if not volume.total_bytes:
+        raise UsageError(str(volume.lack(0.0)), remedy=volume.remedy)
+    return f"{volume.free_bytes:,} of {volume.total_bytes:,} bytes free"
 
 
 def _may_fence(database: Any, named: Database) -> str:

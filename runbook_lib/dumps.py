@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
 from runbook_lib import backup_files as on_disk
 from runbook_lib import progress
 from runbook_lib.adapters import inventory
@@ -19,20 +21,28 @@ from runbook_lib.run import Run
 from runbook_lib.step import current_attempt
 
 
-def take_inventory(run: Run, snapshot: str, dumping: Future[Any]) -> dict[str, Any]:
-    """What the snapshot holds; ends when the dump beside it has failed."""
-    params = run.params.database
+def sequences(run: Run, snapshot: str) -> dict[str, Any]:
+    """Where the sequences stand before the dump begins: it must not be behind them."""
+    return inventory.sequences(partial(_session, run), snapshot)
 
-    def session() -> Any:
-        return run.services.database.connect(
-            params.backup_role, params.production, application=f"{run.session_name}: inventory"
-        )
+
+def _session(run: Run) -> psycopg.Connection[Any]:
+    params = run.params.database
+    return run.services.database.connect(
+        params.backup_role, params.production, application=f"{run.session_name}: inventory"
+    )
+
+
+def take_inventory(run: Run, snapshot: str, standing: Mapping[str, Any], dumping: Future[Any]) -> dict[str, Any]:
+    """What the snapshot holds; ends when the dump beside it has failed."""
 
     def keep_on() -> None:
         if dumping.done():
             dumping.result()  # when the dump failed, nobody needs an inventory
 
-    return inventory.take(session, snapshot=snapshot, jobs=run.params.backup.jobs, keep_on=keep_on)
+    return inventory.take(
+        partial(_session, run), snapshot=snapshot, standing=standing, jobs=run.params.backup.jobs, keep_on=keep_on
+    )
 
 
 def finished(run: Run) -> StepResult | None:

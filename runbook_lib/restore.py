@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 from psycopg import IsolationLevel, sql
 
-from runbook_lib import progress
+from runbook_lib import progress, room
 from runbook_lib.adapters import inventory
 from runbook_lib.adapters.database import Database
 from runbook_lib.commands import postgres
@@ -162,24 +162,64 @@ def export_snapshot(connection: psycopg.Connection[Any]) -> Snapshot:
     return Snapshot(str(row[0]), lsn)
 
 
-@contextmanager
-def _plain(
-    dump_file: Path, plain: Path, *, size: int | None, shell: Shell, timeout_s: float, told: progress.Told
-) -> Iterator[Path]:
-    """The dump as pg_restore reads it: itself, or unpacked beside it for as long as the body runs."""
+def _packed_by(dump_file: Path) -> str:
+    """`zstd`, `tar`, or nothing for what pg_restore reads as it is."""
     with dump_file.open("rb") as file:
         head = file.read(512)
+    if head.startswith(_ZSTD):
+        return "zstd"
+    # pg_dump's own tar begins with its table of contents.
+    return "tar" if head[257:262] == b"ustar" and b"toc.dat" not in head[:100] else ""
+
+
+def unpacked_bytes(dump_file: Path, manifest: Mapping[str, Any]) -> int:
+    """What a dump comes to when it is unpacked for its proof, from above; its manifest may know."""
+    packed_by = _packed_by(dump_file)
+    if packed_by == "zstd":
+        return _unpacked_bytes(manifest) or 2 * database_bytes(manifest)
+    return dump_file.stat().st_size if packed_by == "tar" else 0
+
+
+def database_bytes(manifest: Mapping[str, Any]) -> int:
+    """How big the database of a manifest was; 0 when that does not say, and `prove_dump` refuses it."""
+    return int(manifest["inventory"].get("size_bytes", 0))
+
+
+@contextmanager
+def _plain(
+    dump_file: Path,
+    plain: Path,
+    *,
+    free_ratio: float,
+    shell: Shell,
+    timeout_s: float,
+    told: progress.Told,
+    size: int | None = None,
+) -> Iterator[Path]:
+    """The dump as pg_restore reads it: itself, or unpacked beside it for as long as the body runs."""
+    packed_by = _packed_by(dump_file)
     remove(plain)
+    most = room.spare_bytes(dump_file.parent, free_ratio)
+    no_room = StepFailedError(
+        f"{dump_file.name} comes to more than {most:,} bytes when it is unpacked beside itself, and {free_ratio:.0%} of that "
+        "disk must stay free",
+        remedy="free room there, then try again: runbook resume for a run",
+    )
     try:
-        if head.startswith(_ZSTD):
+        if packed_by == "zstd":
             os.close(os.open(plain, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            with told("dump, unpacked", lambda: plain.stat().st_size, total=size):
-                shell.run(postgres.unpack(dump_file, into=plain, timeout_s=timeout_s), name="unpack")
+            command = postgres.unpack(dump_file, into=plain, most_bytes=most, timeout_s=timeout_s)
+            try:
+                with told("dump, unpacked", lambda: plain.stat().st_size, total=size):
+                    shell.run(command, name="unpack")
+            except StepFailedError as error:
+                raise (no_room if postgres.reached(most, plain.stat().st_size) else error) from None
             yield plain
-        elif head[257:262] == b"ustar" and b"toc.dat" not in head[:100]:  # pg_dump's own tar begins with that
+        elif packed_by == "tar":
+            if dump_file.stat().st_size > most:
+                raise no_room
             plain.mkdir(mode=0o700)
-            whole = dump_file.stat().st_size  # this packing is none
-            with told("dump, unpacked", lambda: _size_of(plain), total=whole):
+            with told("dump, unpacked", lambda: _size(plain), total=dump_file.stat().st_size):  # this packing is none
                 shell.run(postgres.unpack_folder(dump_file, into=plain, timeout_s=timeout_s), name="unpack")
             yield plain
         else:
@@ -188,14 +228,13 @@ def _plain(
         remove(plain)
 
 
-def _size_of(unpacked: Path) -> int:
-    files = unpacked.iterdir() if unpacked.is_dir() else [unpacked]
-    return sum(file.stat().st_size for file in files)
-
-
 def plain_of(dump_file: Path) -> Path:
     """Where a dump is unpacked while it is proved."""
     return dump_file.with_name(f"{dump_file.name}.plain.part")
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
 
 
 def remove(path: Path) -> None:
@@ -217,6 +256,7 @@ def prove_dump(
     unpacked_bytes: int | None = None,
     told: progress.Told = progress.untold,
     plain: Path | None = None,
+    free_ratio: float = 0.0,
 ) -> dict[str, Any]:
     """Restore a dump into the scratch database and compare it with the inventory of its source.
 
@@ -227,13 +267,14 @@ def prove_dump(
         unpacked_bytes: how big it will be unpacked, as far as anybody knows; for the display of progress.
         told: where progress goes.
         plain: where the dump is unpacked; by default `plain_of` it.
+        free_ratio: the share of its disk that stays free while it is.
 
     Returns:
-        JSON: `equal`, `differences`, `not_provable`, `tables` (table, rows, restored_rows, same), `entries`, `unpacked_bytes`,
-        and how long it took: `read_s`, `restore_s`, `compare_s`.
+        JSON: `equal`, `differences`, `not_provable`, `tables` (table, rows, restored_rows, same), `entries`, `unpacked_bytes`
+        (0 for what is not packed), and how long it took: `read_s`, `restore_s`, `compare_s`.
 
     Raises:
-        StepFailedError: the dump is empty, cannot be read to its end or cannot be restored.
+        StepFailedError: the dump is empty, cannot be unpacked, read to its end or restored.
         UsageError: its inventory is of another version of this program.
 
     Side effect: the scratch database is made, and dropped whatever happens.
@@ -248,13 +289,17 @@ def prove_dump(
     params = scratch.params
     server = postgres.Server(params.host, params.port, params.passfile)
     began = time.monotonic()
-    place = plain or plain_of(dump_file)
-    with _plain(dump_file, place, size=unpacked_bytes, shell=shell, timeout_s=timeout_s, told=told) as unpacked:
+    plain = plain or plain_of(dump_file)
+    known = unpacked_bytes or None
+    with _plain(
+        dump_file, plain, free_ratio=free_ratio, size=known, shell=shell, timeout_s=timeout_s, told=told
+    ) as unpacked:
+        size_bytes = 0 if unpacked == dump_file else _size(unpacked)
         listing = shell.run(postgres.list_contents(unpacked), name="pg_restore-list").output
         if unpacked == dump_file or unpacked.is_dir():  # unpacking by zstd has read every byte, with its checksum
             with told("dump, read to its end", lambda: int(time.monotonic() - began), unit="s"):
                 shell.run(postgres.read_through(unpacked, timeout_s=timeout_s), name="pg_restore-read")
-        read, size = time.monotonic(), _size_of(unpacked)
+        read = time.monotonic()
         try:
             scratch.create()
             with scratch.size_bytes() as grown, told("restore", grown, total=source["size_bytes"]):
@@ -281,8 +326,8 @@ def prove_dump(
         "differences": found,
         "not_provable": list(source["not_provable"]),
         "tables": tables,
+        "unpacked_bytes": size_bytes,
         "entries": postgres.tables_listed(listing),
-        "unpacked_bytes": size,
         "read_s": round(read - began, 3),
         "restore_s": round(restored_at - read, 3),
         "compare_s": round(time.monotonic() - restored_at, 3),
@@ -368,6 +413,7 @@ def prove_against_manifest(
     timeout_s: float,
     jobs: int = 1,
     told: progress.Told = progress.untold,
+    free_ratio: float = 0.0,
 ) -> dict[str, Any]:
     """Prove a dump, wherever it was copied to, against the manifest that its run wrote.
 
@@ -375,6 +421,7 @@ def prove_against_manifest(
         manifest: the run's `artifacts/backup/manifest.json`.
         database: any server that may hold the restore for a moment.
         told: where progress goes.
+        free_ratio: the share of the dump's disk that stays free.
 
     Returns:
         The JSON of `prove_dump` with `sha256`, `sha256_expected`, `ok`, which is true when digest and content agree, and
@@ -405,6 +452,7 @@ def prove_against_manifest(
             unpacked_bytes=_unpacked_bytes(manifest),
             told=told,
             plain=plain,
+            free_ratio=free_ratio,
         )
         why = [*report["differences"]]
     return {**report, "sha256": found, "sha256_expected": expected, "ok": not why, "why": why}

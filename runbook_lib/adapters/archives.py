@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tarfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -26,19 +26,22 @@ class Archived:
 
     Attributes:
         sha256: of the archive's own bytes.
-        files: path → sha256 of each file in it.
+        files: how many are in it.
         plain_bytes: of those files together.
     """
 
     sha256: str
-    files: dict[str, str]
+    files: int
     plain_bytes: int
 
 
-def read(archive: Path, *, seen: Callable[[int], None] = lambda _: None) -> Archived:
+def read(
+    archive: Path, *, keep: Callable[[Iterator[tuple[str, str]]], object], seen: Callable[[int], None] = lambda _: None
+) -> Archived:
     """Read an archive to its last byte, through the decompressor's own checks.
 
     Args:
+        keep: takes each file's path and sha256, to its end.
         seen: told how many bytes of the archive were read so far, for the display of progress; from another thread.
 
     Raises:
@@ -59,7 +62,8 @@ def read(archive: Path, *, seen: Callable[[int], None] = lambda _: None) -> Arch
             feeder = _Feeder(file, child.stdin, seen)
             feeder.start()
             try:
-                files, plain_bytes = _contents(child.stdout)
+                contents = _Contents(child.stdout)
+                keep(iter(contents))
                 while child.stdout.read(_BLOCK_BYTES):
                     pass
                 said = child.stderr.read().decode(errors="replace").strip()
@@ -72,7 +76,7 @@ def read(archive: Path, *, seen: Callable[[int], None] = lambda _: None) -> Arch
         if said or exited or not feeder.whole:
             ended = f"{program[0]} exited {exited}" if exited else f"{program[0]} did not read all of it"
             raise _unreadable(archive, said or ended)
-        return Archived(feeder.digest.hexdigest(), files, plain_bytes)
+        return Archived(feeder.digest.hexdigest(), contents.files, contents.plain_bytes)
 
 
 class _Feeder(threading.Thread):
@@ -96,16 +100,22 @@ def _unreadable(archive: Path, why: str) -> StepFailedError:
     return StepFailedError(f"{archive} cannot be read to its end: {why}", remedy="archive again")
 
 
-def _contents(stream: IO[bytes]) -> tuple[dict[str, str], int]:
-    found, plain_bytes = {}, 0
-    with tarfile.open(fileobj=stream, mode="r|", bufsize=_BLOCK_BYTES, errorlevel=2) as tar:
-        for member in tar:
-            file = tar.extractfile(member) if member.isfile() else None
-            if file is not None:
-                digest = hashlib.sha256()
-                while block := file.read(_BLOCK_BYTES):
-                    digest.update(block)
-                found[clean(member.name)] = digest.hexdigest()
-                plain_bytes += member.size
-            tar.members.clear()  # type: ignore[attr-defined]  # it keeps every header, for a random access that a stream has not
-    return found, plain_bytes
+class _Contents:
+    """The files of an archive, one after the other, with what they come to."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.files, self.plain_bytes = 0, 0
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        with tarfile.open(fileobj=self._stream, mode="r|", bufsize=_BLOCK_BYTES, errorlevel=2) as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is not None:
+                    digest = hashlib.sha256()
+                    while block := file.read(_BLOCK_BYTES):
+                        digest.update(block)
+                    self.files += 1
+                    self.plain_bytes += member.size
+                    yield clean(member.name), digest.hexdigest()
+                tar.members.clear()  # type: ignore[attr-defined]  # it keeps every header, for a random access that a stream has not

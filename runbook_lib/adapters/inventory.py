@@ -8,6 +8,7 @@ access here. The server's own hash of a text is the same in all its versions, as
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,10 @@ from typing import Any, LiteralString
 import psycopg
 from psycopg import IsolationLevel, sql
 
+from runbook_lib.adapters import catalogue
 from runbook_lib.canonical import digest
 
-FORMAT = 2
+FORMAT = 3
 # Text forms of values depend on these; `row_security` off makes a hidden row an error instead of an omission.
 _SETTINGS = (
     "SET search_path = pg_catalog",
@@ -43,38 +45,17 @@ _TABLES = f"""
     WHERE c.relkind = 'r' AND c.relpersistence <> 't' AND {_OURS} ORDER BY 1, 2
 """  # noqa: S608  # constants
 _SEQUENCES = f"""
-    SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    SELECT n.nspname, c.relname, s.seqincrement, s.seqcycle FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    JOIN pg_sequence s ON s.seqrelid = c.oid
     WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND {_OURS} ORDER BY 1, 2
 """  # noqa: S608  # constants
-_STRUCTURE = {
-    "columns": f"""
-        SELECT n.nspname || '.' || c.relname || '.' || a.attname,
-               format_type(a.atttypid, a.atttypmod) || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END
-               || coalesce(' DEFAULT ' || pg_get_expr(f.adbin, f.adrelid), '')
-        FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-        LEFT JOIN pg_attrdef f ON f.adrelid = a.attrelid AND f.adnum = a.attnum
-        WHERE c.relkind IN ('r', 'p', 'v', 'm') AND a.attnum > 0 AND NOT a.attisdropped AND c.relpersistence <> 't' AND {_OURS}
-    """,  # noqa: S608
-    "indexes": f"""
-        SELECT n.nspname || '.' || c.relname, pg_get_indexdef(c.oid) || CASE WHEN i.indisvalid THEN '' ELSE ' INVALID' END
-        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_index i ON i.indexrelid = c.oid
-        WHERE c.relkind IN ('i', 'I') AND c.relpersistence <> 't' AND {_OURS}
-    """,  # noqa: S608
-    "constraints": f"""
-        SELECT n.nspname || '.' || c.relname || '.' || k.conname, pg_get_constraintdef(k.oid)
-        FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE k.contype <> 'n' AND c.relpersistence <> 't' AND {_OURS}
-    """,  # noqa: S608
-    "views": f"""
-        SELECT n.nspname || '.' || c.relname, pg_get_viewdef(c.oid)
-        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('v', 'm') AND {_OURS}
-    """,  # noqa: S608
-    "triggers": f"""
-        SELECT n.nspname || '.' || c.relname || '.' || t.tgname, pg_get_triggerdef(t.oid)
-        FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE NOT t.tgisinternal AND {_OURS}
-    """,  # noqa: S608
-}
+# A new database has it, whether its source had it or not, and pg_dump does not take it away. What version of an extension
+# there is, is the server's matter.
+_NOT_OF_THE_DUMP = re.compile(r"schema public$|extension ")
+_BROKEN_INDEXES = """
+    SELECT 'index ' || indexrelid::regclass FROM pg_index i JOIN pg_class c ON c.oid = indrelid
+    WHERE NOT (indisready AND (indisvalid OR relkind = 'p')) AND relkind <> 't' AND relpersistence <> 't' ORDER BY 1
+"""
 
 
 def prepare(connection: psycopg.Connection[Any]) -> None:
@@ -87,14 +68,41 @@ _COUNT = (
     "SELECT count(*), coalesce(sum(hashtextextended(t, 0)), 0)::text, coalesce(sum(hashtextextended(t, 1)), 0)::text"
     ' FROM (SELECT (runbook_row.*)::text COLLATE "C" AS t FROM ONLY {} AS runbook_row OFFSET 0) AS texts'
 )
+# By pieces: a value of PostgreSQL holds 1 GB, a large object 4 TB. Reading its pages would be quicker and takes a superuser;
+# for this the right is enough that pg_dump needs too.
+LARGE_OBJECT_PIECE = 8 << 20
 _LARGE_OBJECTS = """
-    SELECT count(*), coalesce(sum(hashtextextended(t, 0)), 0)::text, coalesce(sum(hashtextextended(t, 1)), 0)::text
-    FROM (SELECT oid || ':' || md5(lo_get(oid)) AS t FROM pg_largeobject_metadata OFFSET 0) AS texts
+    WITH RECURSIVE pieces (oid, start, size, content) AS (
+      SELECT oid, 0::bigint, length(bytes), md5(bytes)
+        FROM (SELECT oid, lo_get(oid, 0, {size}) AS bytes FROM pg_largeobject_metadata OFFSET 0) AS first
+      UNION ALL
+      SELECT oid, start, length(bytes), md5(bytes)
+        FROM (SELECT oid, start + size AS start, lo_get(oid, start + size, {size}) AS bytes
+                FROM pieces WHERE size = {size} OFFSET 0) AS next
+    )
+    SELECT count(*) FILTER (WHERE start = 0), coalesce(sum(hashtextextended(t, 0)), 0)::text,
+           coalesce(sum(hashtextextended(t, 1)), 0)::text
+    FROM (SELECT start, oid || ':' || start || ':' || content AS t FROM pieces) AS texts
 """
 _NOT_PROVABLE = f"""
     SELECT CASE c.relkind WHEN 'f' THEN 'foreign table ' ELSE 'materialized view ' END || n.nspname || '.' || c.relname
            || CASE c.relkind WHEN 'f' THEN ': its rows are on another server' ELSE ': made anew by a restore' END
-    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('f', 'm') AND {_OURS} ORDER BY 1
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('f', 'm') AND {_OURS}
+    UNION ALL
+    SELECT 'extension ' || extname || ': rows of its own tables' FROM pg_extension WHERE cardinality(extconfig) > 0
+    UNION ALL
+    SELECT 'sequence ' || n.nspname || '.' || c.relname || ': it cycles, where it stands is not compared'
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_sequence s ON s.seqrelid = c.oid WHERE seqcycle AND {_OURS}
+    UNION ALL
+    SELECT 'subscription ' || subname || ': not restored, it would follow its publisher'
+    FROM pg_subscription s JOIN pg_database d ON d.oid = s.subdbid AND d.datname = current_database()
+    UNION ALL
+    SELECT 'comments on objects: not compared' WHERE EXISTS (SELECT 1 FROM pg_description WHERE objoid >= 16384)
+    UNION ALL
+    SELECT 'settings of the database (ALTER DATABASE, ALTER ROLE IN DATABASE): in no backup'
+    WHERE EXISTS (SELECT 1 FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase AND d.datname = current_database())
+    UNION ALL
+    SELECT 'owners and rights: the dump holds none' ORDER BY 1
 """  # noqa: S608  # constants
 _SELF = "SELECT current_database(), current_setting('server_version'), pg_database_size(current_database())"
 _POSITION = "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END)::text"
@@ -104,27 +112,33 @@ Connect = Callable[[], psycopg.Connection[Any]]
 
 
 def take(
-    connect: Connect, *, snapshot: str | None = None, jobs: int = 1, keep_on: Callable[[], None] = lambda: None
+    connect: Connect,
+    *,
+    snapshot: str | None = None,
+    standing: Mapping[str, Any] | None = None,
+    jobs: int = 1,
+    keep_on: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The inventory of a database, as JSON.
 
     Args:
         connect: opens a session; each is closed here.
         snapshot: exported by a transaction that stays open; None where nobody writes.
+        standing: from `sequences`, when they were read before; by default they are read now.
         jobs: how many tables are read at a time.
         keep_on: called between tables; what it raises ends the inventory.
     """
+    stand = sequences(connect, snapshot) if standing is None else dict(standing)
     with _reading(connect, snapshot) as connection:
         rows = connection.execute(_TABLES).fetchall()
-        sequences = dict(_sequence(connection, *row) for row in connection.execute(_SEQUENCES).fetchall())
-        structure = {
-            kind: {name: digest(text or "")[:16] for name, text in connection.execute(query).fetchall()}
-            for kind, query in _STRUCTURE.items()
-        }
-        objects = _one_row(connection, _LARGE_OBJECTS)
+        definitions = structure(connection)
+        large = sql.SQL(_LARGE_OBJECTS).format(size=sql.Literal(LARGE_OBJECT_PIECE))
+        objects = _one_row(connection, large)
         name, version, size_bytes = _one_row(connection, _SELF)
         extensions = dict(connection.execute("SELECT extname, extversion FROM pg_extension ORDER BY 1").fetchall())
         not_provable = [row[0] for row in connection.execute(_NOT_PROVABLE).fetchall()]
+        broken = [row[0] for row in connection.execute(_BROKEN_INDEXES).fetchall()]
+        not_provable += [f"{name}: it is not valid, and so not in the dump" for name in broken]
     # Big ones first, each job its next one: the last to end is a small one.
     left: deque[tuple[str, str]] = deque((schema, table) for schema, table, _ in sorted(rows, key=lambda r: -r[2]))
     tables: dict[str, dict[str, Any]] = {}
@@ -152,11 +166,37 @@ def take(
         "size_bytes": size_bytes,
         "extensions": extensions,
         "tables": dict(sorted(tables.items())),
-        "sequences": sequences,
-        "structure": structure,
+        "sequences": stand,
+        "structure": definitions,
         "large_objects": objects[0],
         "large_objects_content": digest(list(objects[1:]))[:32],
         "not_provable": not_provable,
+    }
+
+
+def sequences(connect: Connect, snapshot: str | None = None) -> dict[str, dict[str, Any]]:
+    """Where each sequence stands now: they are outside of snapshots, so it is read before whoever may not be behind it."""
+    found = {}
+    with _reading(connect, snapshot) as connection:
+        for schema, name, increment, cycles in connection.execute(_SEQUENCES).fetchall():
+            query = sql.SQL("SELECT last_value, is_called FROM {}").format(sql.Identifier(schema, name))
+            value, is_called = _one_row(connection, query)
+            found[f"{schema}.{name}"] = {
+                "last_value": str(value),
+                "is_called": is_called,
+                "increment": str(increment),
+                "cycles": cycles,
+            }
+    return found
+
+
+def structure(connection: psycopg.Connection[Any]) -> dict[str, str]:
+    """Each object that pg_dump takes of the schema, with a digest of its definition; a session prepared by `prepare`."""
+    broken = {row[0] for row in connection.execute(_BROKEN_INDEXES).fetchall()}
+    return {
+        name: digest(text)[:16]
+        for name, text in catalogue.objects(connection).items()
+        if not _NOT_OF_THE_DUMP.match(name) and name not in broken
     }
 
 
@@ -186,18 +226,10 @@ def _reading(connect: Connect, snapshot: str | None) -> Iterator[psycopg.Connect
         yield connection
 
 
-def _one_row(connection: psycopg.Connection[Any], query: LiteralString) -> tuple[Any, ...]:
+def _one_row(connection: psycopg.Connection[Any], query: LiteralString | sql.Composed) -> tuple[Any, ...]:
     row = connection.execute(query).fetchone()
     assert row is not None  # noqa: S101
     return tuple(row)
-
-
-def _sequence(connection: psycopg.Connection[Any], schema: str, name: str) -> tuple[str, dict[str, Any]]:
-    row = connection.execute(
-        sql.SQL("SELECT last_value, is_called FROM {}").format(sql.Identifier(schema, name))
-    ).fetchone()
-    assert row is not None  # noqa: S101
-    return f"{schema}.{name}", {"last_value": str(row[0]), "is_called": row[1]}
 
 
 def differences(source: Mapping[str, Any], restored: Mapping[str, Any]) -> list[str]:
@@ -214,25 +246,33 @@ def differences(source: Mapping[str, Any], restored: Mapping[str, Any]) -> list[
     found += [f"table {name} was not in the source" for name in restored["tables"] if name not in source["tables"]]
     for name, was in source["sequences"].items():
         now = restored["sequences"].get(name)
-        # Sequences stand outside snapshots: the dump reads them a moment later, when they may have moved on.
         if now is None:
             found.append(f"sequence {name} is missing")
-        elif abs(int(now["last_value"])) < abs(int(was["last_value"])):
-            found.append(f"sequence {name} stands at {now['last_value']}, before {was['last_value']}")
-    for kind, things in source["structure"].items():
-        there = restored["structure"].get(kind, {})
-        for name, text in things.items():
-            if name not in there:
-                found.append(f"{kind}: {name} is missing")
-            elif there[name] != text:
-                found.append(f"{kind}: {name} is defined otherwise")
-        found += [f"{kind}: {name} was not in the source" for name in there if name not in things]
+        elif _goes_back(was, now):
+            found.append(f"sequence {name} stands at {_place(now)}, before {_place(was)}")
+    was, now = source["structure"], restored["structure"]
+    found += [f"{name} is missing" for name in was if name not in now]
+    found += [f"{name} is defined otherwise" for name in was if name in now and was[name] != now[name]]
+    found += [f"{name} was not in the source" for name in now if name not in was]
     if source["large_objects"] != restored["large_objects"]:
         found.append(f"{restored['large_objects']} large objects instead of {source['large_objects']}")
     elif source["large_objects_content"] != restored["large_objects_content"]:
         found.append(f"the {source['large_objects']} large objects have other content")
     found += [f"extension {name} is missing" for name in source["extensions"] if name not in restored["extensions"]]
     return found
+
+
+def _goes_back(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a sequence would give a number again. The dump reads it a moment later, when it may have moved on."""
+    towards = -1 if int(was["increment"]) < 0 else 1
+    return not was["cycles"] and (towards * int(now["last_value"]), now["is_called"]) < (
+        towards * int(was["last_value"]),
+        was["is_called"],
+    )
+
+
+def _place(sequence: Mapping[str, Any]) -> str:
+    return f"{sequence['last_value']}{'' if sequence['is_called'] else ' (not given yet)'}"
 
 
 def rows(inventory: Mapping[str, Any]) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +59,7 @@ command -v python3 > /dev/null && python3 -c 'import sys; sys.exit(sys.version_i
 exec find -H "$@" -type f -exec sha256sum --zero -- {} +
 """
 _STREAMED = re.compile(r"^runbook-stream-sha256 ([0-9a-f]{64})$", re.MULTILINE)
+_CUT = "it ends in the middle of an entry"
 CHANGED = 1  # tar's exit status for "file changed as we read it"
 
 
@@ -107,20 +107,20 @@ def manifest(files: Sequence[str], *, into: Path, timeout_s: float) -> Command:
     return Command(argv, timeout_s=timeout_s, stdout=into)
 
 
-def parse_manifest(data: bytes) -> dict[str, str]:
-    """Path → sha256 from `sha256sum --zero`.
+def parse_manifest(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
+    """Each path with its sha256 from `sha256sum --zero`.
+
+    Args:
+        blocks: what it printed, in pieces of any size.
 
     Raises:
-        ValueError: an entry is not a digest and a name.
+        ValueError: an entry is not a digest and a name, or the list was cut.
     """
-    found = {}
-    for entry in data.split(b"\0"):
-        if entry:
-            digest, mark, path = entry[:64].decode("ascii"), entry[64:66], entry[66:]
-            if mark not in (b"  ", b" *") or not path:
-                raise ValueError(f"not a line of sha256sum: {entry[:80]!r}")
-            found[clean(path.decode(errors="surrogateescape"))] = digest
-    return found
+    for entry in _words(blocks):
+        digest, mark, path = entry[:64].decode("ascii"), entry[64:66], entry[66:]
+        if mark not in (b"  ", b" *") or not path:
+            raise ValueError(f"not a line of sha256sum: {entry[:80]!r}")
+        yield clean(path.decode(errors="surrogateescape")), digest
 
 
 def stamps(files: Sequence[str], *, into: Path, timeout_s: float) -> Command:
@@ -130,22 +130,33 @@ def stamps(files: Sequence[str], *, into: Path, timeout_s: float) -> Command:
     return Command(argv, timeout_s=timeout_s, stdout=into)
 
 
-def parse_stamps(data: bytes) -> dict[str, str]:
-    """Path → stamp.
+def parse_stamps(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
+    """Each path with its stamp.
 
     Raises:
         ValueError: the list was cut.
     """
-    words = data.split(b"\0")
-    if words.pop() or len(words) % 2:
-        raise ValueError("it ends in the middle of an entry")
-    return {clean(words[i].decode(errors="surrogateescape")): words[i + 1].decode() for i in range(0, len(words), 2)}
+    words = _words(blocks)
+    for path in words:
+        stamp = next(words, None)
+        if stamp is None:
+            raise ValueError(_CUT)
+        yield clean(path.decode(errors="surrogateescape")), stamp.decode()
+
+
+def _words(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks:
+        *words, rest = (rest + block).split(b"\0")
+        yield from words
+    if rest:
+        raise ValueError(_CUT)
 
 
 def create(
     files: Sequence[str],
     *,
-    known: Mapping[str, str],
+    known: Container[str],
     packing: Packing,
     into: Path,
     timeout_s: float,
@@ -153,7 +164,7 @@ def create(
 ) -> Command:
     """Stream the files as a compressed tar, its digest on standard error.
 
-    `X/.` archives the folder behind a link named X. Exit 1 is tar's "changed as we read it": the digests decide.
+    `known` are the paths of its files. `X/.` archives the folder behind a link named X. Exit 1 is tar's "changed as we read it": the digests decide.
     """
     named = [posixpath.join(_named(name), ".") if _is_folder(name, known) else _named(name) for name in files]
     argv = (
@@ -189,45 +200,6 @@ def parse_size(said: str) -> int:
     return sum(int(word) for word in words if word.isdigit())
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """What an archive holds against what its host held."""
-
-    missing: tuple[str, ...]
-    differing: tuple[str, ...]
-    moving: tuple[str, ...]
-
-    @property
-    def proved(self) -> bool:
-        """True when every file that did not change meanwhile is there, byte for byte."""
-        return not self.missing and not self.differing
-
-
-def compare(known: Mapping[str, str], archived: Mapping[str, str], moving: AbstractSet[str]) -> Comparison:
-    """Compare an archive with its source; files that changed while they were read are named, not failed.
-
-    A live host goes on writing: only a file that was the same before and after must be the same in between.
-
-    Args:
-        known: path → sha256 as the host read them.
-        archived: the same of the archive.
-        moving: the paths whose stamps before and after differ.
-    """
-    missing, differing = [], []
-    for path in sorted({*known, *archived} - moving):
-        digest = archived.get(path)
-        if digest is None:
-            missing.append(path)
-        elif digest != known.get(path):
-            differing.append(path)
-    return Comparison(tuple(missing), tuple(differing), tuple(sorted(moving)))
-
-
-def moved(before: Mapping[str, str], after: Mapping[str, str]) -> frozenset[str]:
-    """The paths that came, went or were written to between two lists of stamps."""
-    return frozenset(path for path in {*before, *after} if before.get(path) != after.get(path))
-
-
 def clean(path: str) -> str:
     """One spelling of a name for find and tar; bytes that are no UTF-8 become visible escapes, as JSON needs."""
     text = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
@@ -239,5 +211,5 @@ def _named(name: str) -> str:
     return name if name.startswith(("/", ".")) else f"./{name}"
 
 
-def _is_folder(name: str, known: Mapping[str, str]) -> bool:
+def _is_folder(name: str, known: Container[str]) -> bool:
     return clean(name) not in known

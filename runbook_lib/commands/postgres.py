@@ -73,6 +73,11 @@ class Packing:
         return SUFFIXES[2] if self.jobs else SUFFIXES[1] if self.zstd else SUFFIXES[0]
 
     @property
+    def plain(self) -> bool:
+        """True when nothing is compressed."""
+        return self.own == "0" and not self.zstd
+
+    @property
     def words(self) -> str:
         """For people."""
         return " ".join(self.zstd) if self.zstd else f"pg_dump --compress={self.own or 'default'}"
@@ -152,9 +157,24 @@ def dump(
     return Command(piped, timeout_s=timeout_s, env=server.env(), stdout=into)
 
 
-def unpack(dump_file: Path, *, into: Path, timeout_s: float) -> Command:
-    """Unpack a dump that the zstd program packed; it checks every byte."""
-    return Command(("zstd", "-qdc", "--", str(dump_file)), timeout_s=timeout_s, stdout=into)
+# The size of a file is limited in blocks of 512 bytes; who writes past it is ended, and leaves no core behind.
+_LIMITED = """
+ulimit -c 0 && ulimit -f "$1" || exit 90
+shift
+exec "$@"
+"""
+_BLOCK_BYTES = 512
+
+
+def unpack(dump_file: Path, *, into: Path, most_bytes: int, timeout_s: float) -> Command:
+    """Unpack a dump that the zstd program packed; it checks every byte, and stops when `into` has come to `most_bytes`."""
+    argv = ("sh", "-c", _LIMITED, "sh", str(most_bytes // _BLOCK_BYTES), "zstd", "-qdc", "--", str(dump_file))
+    return Command(argv, timeout_s=timeout_s, stdout=into)
+
+
+def reached(most_bytes: int, size_bytes: int) -> bool:
+    """Tell whether `unpack` stopped for that."""
+    return size_bytes >= most_bytes // _BLOCK_BYTES * _BLOCK_BYTES
 
 
 def unpack_folder(dump_file: Path, *, into: Path, timeout_s: float) -> Command:
@@ -187,13 +207,15 @@ def read_through(dump_file: Path, *, timeout_s: float) -> Command:
 def restore(server: Server, role: str, dbname: str, dump_file: Path, *, timeout_s: float, jobs: int = 1) -> Command:
     """Restore into an empty database, several tables and indexes at a time; the first error ends it.
 
-    The database is dropped after its proof: nobody waits for its commits to be on disk.
+    The database is dropped after its proof: nobody waits for its commits to be on disk. A subscription would follow its
+    publisher from there, and a database that has one cannot be dropped.
     """
     argv = (
         "pg_restore",
         "--exit-on-error",
         "--no-acl",
         "--no-owner",
+        "--no-subscriptions",
         f"--jobs={jobs}",
         *server.arguments(role, dbname),
         str(dump_file),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -14,8 +15,8 @@ from typing import Any
 
 from runbook_lib import backup_files as on_disk
 from runbook_lib import dumps, off_site, progress, restore
-from runbook_lib.adapters import archives, inventory
-from runbook_lib.canonical import canonical_json, sha256
+from runbook_lib.adapters import archives, file_lists, inventory
+from runbook_lib.canonical import sha256, writing_atomically
 from runbook_lib.clock import utc_now
 from runbook_lib.commands import archive_files as files
 from runbook_lib.commands import postgres
@@ -88,10 +89,9 @@ def archive_files(run: Run, host: str) -> StepResult:
     on_disk.fresh_parts(paths.values())
     final = paths[packed.program]
     part = on_disk.fresh_part(final)
-    try:
-        before = on_disk.source_stamps(run, host, "before")
-        known = on_disk.source_manifest(run, host)
-        if not known:
+    with _removed_on_failure(part), file_lists.file_lists(on_disk.scratch(run) / f"{host}-files.sqlite") as lists:
+        on_disk.list_stamps(run, host, lists, file_lists.BEFORE)
+        if not on_disk.list_files(run, host, lists):
             raise StepFailedError(
                 f"{host} has no file in {', '.join(run.params.all_hosts[host].files)}",
                 remedy=f"mend hosts.{host}.files",
@@ -99,53 +99,62 @@ def archive_files(run: Run, host: str) -> StepResult:
         size = on_disk.foretold(run, host, "bytes")
         with off_site.ahead(run, part, final) as ahead:
             with progress.told(run.scratch, f"archive of {host}", lambda: part.stat().st_size, total=size):
-                tar = run.services.shell.run(on_disk.tar_of(run, host, known, packed, part), name=f"tar-{host}")
+                named = lists.known(file_lists.SOURCE, map(files.clean, run.params.all_hosts[host].files))
+                tar = run.services.shell.run(on_disk.tar_of(run, host, named, packed, part), name=f"tar-{host}")
             on_disk.sync(part)
             sent = files.streamed_sha256(tar.output)
-            archived = _read_through(run, host, part)
+            archived = _read_through(run, host, part, lists)
         if sent != archived.sha256:
             raise StepFailedError(
                 f"the archive of {host} left it with sha256 {sent or 'unknown'} and is {archived.sha256} here",
                 remedy=f"runbook resume {run.run_id} archives again; when it stays, look at the network and the disk",
             )
-        compared = files.compare(known, archived.files, files.moved(before, on_disk.source_stamps(run, host, "after")))
+        on_disk.list_stamps(run, host, lists, file_lists.AFTER)
+        compared = lists.compare()
         if not compared.proved:
             raise StepFailedError(
-                f"the archive of {host} is not its source: {len(compared.missing)} files missing, "
-                f"{len(compared.differing)} differ ({', '.join((*compared.missing, *compared.differing)[:3])})",
+                f"the archive of {host} is not its source: {compared.missing} files missing, "
+                f"{compared.differing} differ ({', '.join(compared.wrong_names[:3])})",
                 remedy=f"runbook resume {run.run_id} archives again; when it stays, look at the disks",
             )
         if (compared.moving or tar.exit_code == files.CHANGED) and _nobody_may_write(run):
             raise StepFailedError(
                 f"files of {host} changed while they were archived, in read-only mode: "
-                f"{', '.join(compared.moving[:3]) or tar.tail(3)}",
+                f"{', '.join(compared.moving_names[:3]) or tar.tail(3)}",
                 remedy="find out who writes there, then resume",
             )
-        listing = {"host": host, "files": archived.files, "changed_while_archived": list(compared.moving)}
-        kept = run.keep(f"backup/files-{host}.json", canonical_json(listing))
+        listing = run.artifact_path(f"backup/files-{host}.json")
+        with writing_atomically(listing) as file:
+            lists.write(host, file)
         duration_s = time.monotonic() - began
         facts = {
             "file": str(final),
             "bytes": part.stat().st_size,
             "sha256": archived.sha256,
             "sha256 at source": sent,
-            "files": len(archived.files),
+            "files": compared.files,
             "plain bytes": archived.plain_bytes,
             "packed by": packed.words,
             "duration_s": round(duration_s, 3),
             "throughput": f"{archived.plain_bytes / duration_s / 1e6:.1f} MB/s",
             "sent ahead": off_site.sent(ahead),
-            "changed while archived": list(compared.moving[:_MOST_SHOWN]),
+            "changed while archived": list(compared.moving_names[:_MOST_SHOWN]),
         }
-        result = StepResult(facts=facts, artifacts=(kept,))
+        result = StepResult(facts=facts, artifacts=(run.describe(listing),))
         on_disk.finish(run, part, final, result)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
     return result
 
 
-def _read_through(run: Run, host: str, part: Path) -> archives.Archived:
+@contextmanager
+def _removed_on_failure(part: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _read_through(run: Run, host: str, part: Path, lists: file_lists.FileLists) -> archives.Archived:
     read = 0
 
     def seen(size_bytes: int) -> None:
@@ -153,7 +162,7 @@ def _read_through(run: Run, host: str, part: Path) -> archives.Archived:
         read = size_bytes
 
     with progress.told(run.scratch, f"archive of {host}, read again", lambda: read, total=part.stat().st_size):
-        return archives.read(part, seen=seen)
+        return archives.read(part, keep=partial(lists.add, file_lists.ARCHIVED), seen=seen)
 
 
 def _nobody_may_write(run: Run) -> bool:
@@ -181,7 +190,7 @@ def _(run: Run) -> list[tuple[str, ...]]:
         part = on_disk.part_of(_planned_archive(run, host))
         named = run.params.all_hosts[host].files
         manifest = files.manifest(named, into=part, timeout_s=run.params.backup.timeout_s)
-        shown += [run.services.hosts[host].command(manifest).argv, on_disk.tar_of(run, host, {}, packed, part).argv]
+        shown += [run.services.hosts[host].command(manifest).argv, on_disk.tar_of(run, host, (), packed, part).argv]
     return shown
 
 
@@ -221,7 +230,7 @@ def dump_database(run: Run) -> StepResult:
             dumps.refuse_older_tool(run, connection.info.server_version)
             snapshot = restore.export_snapshot(connection)
             known: dict[str, Any] = {"taken_at": utc_now(), "lsn": snapshot.lsn, "packed_by": packing.words}
-            command = dumps.command(run, snapshot.name, packing, part)
+            command, standing = dumps.command(run, snapshot.name, packing, part), dumps.sequences(run, snapshot.name)
             with (
                 off_site.ahead(run, part, final) as ahead,
                 progress.told(
@@ -230,7 +239,7 @@ def dump_database(run: Run) -> StepResult:
                 ThreadPoolExecutor(1) as pool,
             ):
                 dumping = pool.submit(copy_context().run, run.services.shell.run, command, name="pg_dump")
-                known["inventory"] = dumps.take_inventory(run, snapshot.name, dumping)
+                known["inventory"] = dumps.take_inventory(run, snapshot.name, standing, dumping)
                 # A dump that outlives this process is worth something only with it.
                 dumps.note(run, known)
                 dumping.result()
@@ -302,6 +311,7 @@ def validate_backup(run: Run) -> StepResult:
             jobs=run.params.backup.jobs,
             unpacked_bytes=on_disk.last_time(run, validate_backup.key(), "unpacked bytes"),
             told=tell,
+            free_ratio=run.params.backup.free_ratio,
         ),
         "archives": {},
     }
@@ -319,8 +329,8 @@ def validate_backup(run: Run) -> StepResult:
         "tables equal": f"{same} of {len(report['dump']['tables'])}",
         "rows compared": inventory.rows(source),
         "files compared": sum(archive["files"] for archive in report["archives"].values()),
-        "unpacked bytes": report["dump"]["unpacked_bytes"],
         "restore took": f"{report['dump']['restore_s']:.1f} s",
+        "unpacked bytes": report["dump"]["unpacked_bytes"],
         "not covered": report["dump"]["not_provable"],
         "differences": problems[:_MOST_SHOWN],
     }

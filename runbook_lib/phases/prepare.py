@@ -277,7 +277,7 @@ def capacity(run: Run, artifact_name: str) -> tuple[dict[str, Any], Artifact]:
     facts: dict[str, Any] = {
         "database bytes": known.database_bytes,
         "files bytes": known.files_bytes,
-        "forecast": f"dump {known.dump_bytes:,} bytes, archives {known.archives_bytes:,}: {known.why}",
+        "forecast": f"dump {known.dump_bytes:,} bytes, archives {known.archives_bytes:,}, unpacked {known.unpacked_bytes:,}: {known.why}",
         **{
             one.target: {
                 "now": f"{one.now:.1%} free",
@@ -285,22 +285,17 @@ def capacity(run: Run, artifact_name: str) -> tuple[dict[str, Any], Artifact]:
                 "limit": f"{ratio:.0%}",
                 **({} if one.free_inodes is None else {"inodes": f"{one.free_inodes:,} free"}),
             }
+            if one.total_bytes
+            else {"now": "its size is not known", "limit": f"{ratio:.0%}"}
             for one in targets
         },
     }
-    if not any(one.target.startswith("scratch") for one in targets):
-        facts["scratch database"] = "its volume is not known here: backup.scratch_capacity_bytes tells its size"
     table = {"forecast": asdict(known), "free_ratio": ratio, "targets": [one.as_json() for one in targets]}
     kept = run.keep(artifact_name, json.dumps(table, indent=1) + "\n")
     for one in targets:
-        few = one.free_inodes
-        if one.after < ratio or (few is not None and few < room.FEWEST_INODES):
-            error = StepFailedError(
-                f"{one.target} has {one.free_bytes:,} of {one.total_bytes:,} bytes free"
-                + (f" and {few} inodes" if few is not None else "")
-                + f"; after {one.needed_bytes:,} bytes of backup {one.after:.1%} would stay free, {ratio:.0%} must",
-                remedy="free room there or raise its size, then resume",
-            )
+        lack = one.lack(ratio)
+        if lack is not None:
+            error = StepFailedError(lack, remedy=one.remedy)
             error.result = StepResult(facts=facts, artifacts=(kept,), verdict="red")
             raise error
     return facts, kept

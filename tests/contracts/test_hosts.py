@@ -96,15 +96,17 @@ def test_files_are_archived_and_compared(host: Host, shell: LocalShell, tmp_path
     files, archive, listing = ("current", "shared"), tmp_path / "a.archive", tmp_path / "a.list"
 
     shell.run(host.command(archive_files.stamps(files, into=listing, timeout_s=30)), name="stamps")
-    stamps = archive_files.parse_stamps(listing.read_bytes())
+    stamps = dict(archive_files.parse_stamps([listing.read_bytes()]))
     shell.run(host.command(archive_files.manifest(files, into=listing, timeout_s=30)), name="manifest")
-    known = archive_files.parse_manifest(listing.read_bytes())
+    known = dict(archive_files.parse_manifest([listing.read_bytes()]))
     tar = archive_files.create(files, known=known, packing=archive_files.Packing(program), into=archive, timeout_s=30)
     done = shell.run(host.command(tar), name="tar")
-    found = archives.read(archive)
+    contents: dict[str, str] = {}
+    found = archives.read(archive, keep=contents.update)
 
     assert set(known) == set(stamps) == {"current/web.py", "shared/uploads/odd\nname 'x'", "shared/one", "shared/two"}
-    assert found.files == known
+    assert contents == known
+    assert found.files == 4
     assert found.sha256 == archive_files.streamed_sha256(done.output) == sha256_file(archive)
     assert found.plain_bytes == 12
     size = shell.run(host.command(archive_files.size(files)), name="du")
@@ -135,7 +137,7 @@ def test_the_list_of_files_is_the_same_with_and_without_python(
     shell.run(LocalHost("app-01", str(home)).command(listed), name="manifest")
 
     name, two = "odd\nname 'x'", hashlib.sha256(b"\0\1").hexdigest()
-    assert archive_files.parse_manifest((tmp_path / "l").read_bytes()) == {
+    assert dict(archive_files.parse_manifest([(tmp_path / "l").read_bytes()])) == {
         f"current/{name}": two,
         f"releases/abc/{name}": two,
         "single": hashlib.sha256(b"x").hexdigest(),
@@ -191,7 +193,7 @@ def test_a_damaged_archive_is_not_readable(shell: LocalShell, tmp_path: Path, pr
     )
     shell.run(here.command(made), name="tar")
     whole = (tmp_path / "out").read_bytes()
-    assert list(archives.read(tmp_path / "out").files) == ["a"]
+    assert archives.read(tmp_path / "out", keep=list).files == 1
 
     damaged = [whole[:-cut] for cut in (1, 3, 9, len(whole) // 2, len(whole) - 2)]
     damaged += [whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:], whole + b"junk", b"", b"\0" * 2000]
@@ -199,7 +201,7 @@ def test_a_damaged_archive_is_not_readable(shell: LocalShell, tmp_path: Path, pr
     for content in damaged:
         (tmp_path / "out").write_bytes(content)
         with pytest.raises(StepFailedError, match="cannot be read to its end"):
-            archives.read(tmp_path / "out")
+            archives.read(tmp_path / "out", keep=list)
 
 
 @pytest.mark.parametrize("status", ["exit 1", "kill -9 $$"])
@@ -218,7 +220,7 @@ def test_an_archive_whose_reader_fails_without_a_word_is_not_readable(
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
 
     with pytest.raises(StepFailedError, match=r"cannot be read to its end: gzip exited (1|-9)"):
-        archives.read(tmp_path / "out")
+        archives.read(tmp_path / "out", keep=list)
 
 
 def test_a_command_that_hangs_is_ended_long_before_its_time_is_up(

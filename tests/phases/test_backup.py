@@ -155,7 +155,10 @@ def test_a_damaged_dump_does_not_pass(
     if damage == "cut":
         dump.write_bytes(content[: len(content) // 2])
     elif damage == "flipped":
-        content[len(content) * 2 // 3] ^= 0x10
+        at = len(content) * 2 // 3
+        content[at : at + 16] = bytes(
+            byte ^ 0x10 for byte in content[at : at + 16]
+        )  # zstd has single bits without a use
         dump.write_bytes(content)
     elif damage == "empty":
         dump.write_bytes(b"")
@@ -510,6 +513,9 @@ def test_a_dump_is_proved_later_by_command(opened: Open, twin: dict[str, Any], t
     good = _runbook("backup", "prove", str(dump), "--manifest", str(manifest), "--json")
     bad = _runbook("backup", "prove", str(cut), "--manifest", str(manifest), "--json")
     shown = _impatient("backup", "prove", str(dump), "--manifest", str(manifest))
+    params = Path(os.environ["RUNBOOK_HOME"]) / "params" / "rehearsal.yml"
+    params.write_text(params.read_text().replace("free_ratio: 0.15", "free_ratio: 0.9"))
+    full = _runbook("backup", "prove", str(dump), "--manifest", str(manifest))
 
     assert good.returncode == 0, good.stderr
     assert json.loads(good.stdout)["ok"]
@@ -519,6 +525,9 @@ def test_a_dump_is_proved_later_by_command(opened: Open, twin: dict[str, Any], t
     assert "✔ public.orders: " in shown.stdout
     assert "is proved" in shown.stdout
     assert "restore: " in shown.stderr
+    assert full.returncode == 2
+    assert "the proof is not begun" in full.stderr
+    assert "90% must" in full.stderr
     assert _scratch_databases(twin) == []
 
 

@@ -207,6 +207,9 @@ def test_every_kind_of_object_that_comes_goes_or_changes_is_named(half: Run) -> 
                 "CREATE FUNCTION kinds.f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
                 "CREATE TRIGGER g BEFORE INSERT ON kinds.t FOR EACH ROW EXECUTE FUNCTION kinds.f()",
                 "CREATE POLICY p ON kinds.t USING (a > 0)",
+                "CREATE RULE r AS ON DELETE TO kinds.t DO INSTEAD NOTHING",
+                "CREATE AGGREGATE kinds.product (int) (SFUNC = int4mul, STYPE = int)",
+                "ALTER TABLE kinds.t FORCE ROW LEVEL SECURITY",
             ):
                 session.execute(statement)
             assert catalogue.differences(before, catalogue.objects(session)) == [
@@ -216,9 +219,12 @@ def test_every_kind_of_object_that_comes_goes_or_changes_is_named(half: Run) -> 
                 "column kinds.v.a came",
                 "constraint c of kinds.t came",
                 "function kinds.f() came",
+                "function kinds.product(integer) came",
                 "index kinds.i came",
                 "policy p of kinds.t came",
+                "rule r of kinds.t came",
                 "sequence kinds.s came",
+                "table kinds.t changed",
                 "table kinds.u came",
                 "trigger g of kinds.t came",
                 "type kinds.mood came",

@@ -111,6 +111,23 @@ def test_the_scratch_databases_volume_is_measured(opened: Open) -> None:  # noqa
         prepare.check_capacity(one.run)
 
 
+def test_a_server_whose_volume_nobody_knows_is_refused_with_its_table(
+    opened: Open,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(room, "_HERE", ())  # as if it were another machine's
+    one, told = opened(), opened(backup__scratch_capacity_bytes="900000000000")
+
+    with pytest.raises(StepFailedError, match=r"scratch database at 127.* is not known.*scratch_capacity_bytes"):
+        prepare.check_capacity(one.run)
+
+    result = one.run.state.step("prepare.check_capacity").result
+    assert result is not None
+    assert result.verdict == "red"
+    assert len(result.artifacts) == 1
+    assert prepare.check_capacity(told.run).verdict == "green"
+
+
 def test_the_last_backup_on_record_foretells_the_next(opened: Open) -> None:  # noqa: F811
     def tell(step: str, **facts: object) -> None:
         run = before.run
@@ -120,15 +137,25 @@ def test_the_last_backup_on_record_foretells_the_next(opened: Open) -> None:  # 
 
     before, now = opened(), opened()
     first = room.forecast(now.run)
-    tell("backup.dump_database", **{"bytes": 100, "database bytes": 1000})
-    tell("backup.archive_files@app-01", **{"bytes": 50, "plain bytes": 100})
+    tell("backup.dump_database", **{"bytes": 100, "database bytes": 1000, "packed by": "zstd -q -1 -T0"})
+    tell("backup.validate_backup", **{"unpacked bytes": 4000})
+    tell("backup.archive_files@app-01", **{"bytes": 50, "plain bytes": 100, "packed by": "zstd -1 -T0"})
 
     second = room.forecast(now.run)
+    gzip = room.forecast(opened(backup__dump="{compression: gzip}", backup__archive="{compression: gzip}").run)
+    none = room.forecast(opened(backup__dump="{compression: none}").run)
+    folder = room.forecast(opened(backup__dump="{format: directory}").run)
     result = prepare.check_capacity(now.run)
 
     assert first.dump_bytes == first.database_bytes
+    assert first.unpacked_bytes == 2 * first.database_bytes, "nobody knows yet: from above"
+    assert abs(second.unpacked_bytes - second.database_bytes * 4.8) < 2
     assert abs(second.dump_bytes - second.database_bytes * 0.12) < 2
     assert abs(second.archives_bytes - second.files_bytes * 0.6) < 2
+    assert (gzip.dump_bytes, gzip.archives_bytes) == (gzip.database_bytes, gzip.files_bytes), "packed otherwise"
+    assert (gzip.unpacked_bytes, none.unpacked_bytes) == (0, 0), "pg_restore reads them as they are"
+    assert none.dump_bytes == second.unpacked_bytes
+    assert folder.unpacked_bytes == folder.dump_bytes > 0, "it lies there twice"
     assert before.run.run_id in str(result.facts["forecast"])
     targets = [fact for fact in result.facts.values() if isinstance(fact, dict) and "limit" in fact]
     assert len(targets) == 2

@@ -445,7 +445,7 @@ _DURABLE = (
         "a file is replaced whole",
         _CANONICAL,
         "os.replace(scratch, path)",
-        "path.write_bytes(content); os.unlink(scratch)",
+        "path.write_bytes(Path(scratch).read_bytes()); os.unlink(scratch)",
         (f"{_T_DURABLE}who_reads_meanwhile_sees_the_old_content_or_the_new",),
     ),
     Guard(
@@ -1319,6 +1319,27 @@ _BACKUPS = (
         "if found != expected:",
         "if False:",
         ("tests/unit/test_restore.py::test_a_dump_that_is_not_the_manifests_is_not_restored",),
+    ),
+    Guard(
+        "a dump that is unpacked leaves its disk its free share",
+        _RESTORE,
+        "most = room.spare_bytes(dump_file.parent, free_ratio)",
+        "most = 1 << 40",
+        ("tests/unit/test_restore.py::test_unpacking_stops_when_its_disk_would_be_too_full[zstd-2097452-False]",),
+    ),
+    Guard(
+        "nothing is restored on a server whose room nobody knows",
+        "runbook_lib/room.py",
+        "        if not self.total_bytes:",
+        "        if False:",
+        ("tests/phases/test_prepare.py::test_a_server_whose_volume_nobody_knows_is_refused_with_its_table",),
+    ),
+    Guard(
+        "a proof by command is not begun without room",
+        "runbook_lib/room.py",
+        'raise UsageError(f"the proof is not begun: {lack}", remedy=one.remedy)',
+        "pass",
+        (f"{_T_BACKUP}a_dump_is_proved_later_by_command",),
     ),
     Guard(
         "a failed step drops what it sent ahead",

@@ -49,6 +49,7 @@ def test_restore_stops_at_the_first_error() -> None:
         "--exit-on-error",
         "--no-acl",
         "--no-owner",
+        "--no-subscriptions",
         "--jobs=2",
         "--host=10.0.0.5",
         "--port=5432",
@@ -129,11 +130,15 @@ def test_tables_listed() -> None:
     assert postgres.tables_listed(listing) == 1
 
 
+def _sequence(at: str, *, called: bool = True, increment: int = 1, cycles: bool = False) -> dict[str, object]:
+    return {"last_value": at, "is_called": called, "increment": str(increment), "cycles": cycles}
+
+
 def _inventory(**tables: tuple[int, str]) -> dict[str, object]:
     return {
         "tables": {name: {"rows": rows, "content": content} for name, (rows, content) in tables.items()},
-        "sequences": {"public.s": {"last_value": "10", "is_called": True}},
-        "structure": {"indexes": {"public.i": "d1"}},
+        "sequences": {"public.s": _sequence("10")},
+        "structure": {"index public.i": "d1", "table public.t": "d2"},
         "large_objects": 0,
         "large_objects_content": "",
         "extensions": {"plpgsql": "1.0"},
@@ -148,8 +153,8 @@ def test_every_difference_is_said() -> None:
     source = _inventory(a=(1, "x"), b=(2, "y"), c=(3, "z"))
     restored = _inventory(a=(1, "other"), b=(1, "y"), d=(0, ""))
     restored |= {
-        "sequences": {"public.s": {"last_value": "9", "is_called": True}},
-        "structure": {"indexes": {"public.j": "d1"}},
+        "sequences": {"public.s": _sequence("9")},
+        "structure": {"index public.j": "d1", "table public.t": "d3"},
         "large_objects": 2,
         "extensions": {},
     }
@@ -162,17 +167,33 @@ def test_every_difference_is_said() -> None:
         "table c is missing",
         "table d was not in the source",
         "sequence public.s stands at 9, before 10",
-        "indexes: public.i is missing",
-        "indexes: public.j was not in the source",
+        "index public.i is missing",
+        "table public.t is defined otherwise",
+        "index public.j was not in the source",
         "2 large objects instead of 0",
         "extension plpgsql is missing",
     ]
 
 
-def test_a_sequence_may_have_moved_on() -> None:
-    restored = {**_inventory(), "sequences": {"public.s": {"last_value": "12", "is_called": True}}}
+@pytest.mark.parametrize(
+    ("was", "now", "says"),
+    [
+        (_sequence("10"), _sequence("12"), ""),
+        (_sequence("-999"), _sequence("-998"), ""),
+        (_sequence("-998"), _sequence("-999"), "-999, before -998"),
+        (_sequence("1000", increment=-1), _sequence("999", increment=-1), ""),
+        (_sequence("999", increment=-1), _sequence("1000", increment=-1), "1000, before 999"),
+        (_sequence("1", called=False), _sequence("1"), ""),
+        (_sequence("1"), _sequence("1", called=False), "1 (not given yet), before 1"),
+        (_sequence("5", cycles=True), _sequence("1", cycles=True), ""),
+    ],
+)
+def test_a_sequence_may_have_moved_on_and_not_back(was: dict[str, object], now: dict[str, object], says: str) -> None:
+    found = inventory.differences(
+        {**_inventory(), "sequences": {"public.s": was}}, {**_inventory(), "sequences": {"public.s": now}}
+    )
 
-    assert inventory.differences(_inventory(), restored) == []
+    assert found == ([f"sequence public.s stands at {says}"] if says else [])
 
 
 def test_a_databases_name_cannot_end_its_word_in_the_connection_string() -> None:

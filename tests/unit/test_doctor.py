@@ -35,6 +35,7 @@ def test_an_administrator_who_may_make_roles_can_let_the_migration_tool_in(run_w
     found = said(run_with_database, "fence for the migration tool")
 
     assert (found["ok"], found["why"]) == (True, "postgres may make roles")
+    assert said(run_with_database, "scratch volume")["ok"]
 
 
 def test_one_who_may_not_is_named_before_the_night_of_the_release(
@@ -51,3 +52,7 @@ def test_one_who_may_not_is_named_before_the_night_of_the_release(
 
     assert not found["ok"]
     assert found["why"] == "plain may not make roles: no migration could be let in. Next: ALTER ROLE plain CREATEROLE"
+    # Nor may they ask where the server's files lie.
+    volume = said(run, "scratch volume")
+    assert not volume["ok"]
+    assert "set backup.scratch_capacity_bytes" in volume["why"]

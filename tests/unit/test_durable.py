@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runbook_lib import backup_files
-from runbook_lib.canonical import write_atomically
+from runbook_lib.canonical import canonical_json, write_atomically
 from runbook_lib.errors import StepInDoubtError
 from runbook_lib.model import StepResult
 from runbook_lib.run import Run
@@ -118,11 +118,15 @@ def test_a_backup_that_is_not_what_was_proved_is_not_taken_for_it(run: Run) -> N
         backup_files.finished(run, final)
 
 
-def test_another_machine_finds_a_backups_artifacts_beside_it(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("as_before", [False, True])
+def test_another_machine_finds_a_backups_artifacts_beside_it(run: Run, tmp_path: Path, as_before: bool) -> None:
     part, final, _ = backup_of(run)
     kept = run.keep("backup/inventory.json", '{"tables": {}}')
     proof = StepResult(facts={"sha256": backup_files.sha256_file(part)}, artifacts=(kept,))
     backup_files.finish(run, part, final, proof)
+    if as_before:  # an earlier version kept them inside of its JSON
+        (note,) = final.parent.glob(f"{final.name}.*.json")
+        note.write_bytes(canonical_json({"result": proof.as_json(), "artifacts": {kept.path: '{"tables": {}}'}}))
     elsewhere = replace(run, folder=tmp_path / "elsewhere", scratch=tmp_path / "scratch-elsewhere")
 
     found = backup_files.finished(elsewhere, final)
