@@ -1,8 +1,9 @@
 """What a database holds, table by table: row counts and content digests, to compare a restore with its source.
 
-The digest of a table is two sums of 64-bit hashes of each row's text, with different seeds. It needs one pass, no sort
-and no memory, does not depend on the order of rows, and tells any damage; it is no defence against a forger, who has no
-access here. The server's own hash of a text is the same in all its versions, as partitioning by hash relies on.
+The digest of a table is two sums of differently seeded hashes of each row's 64-bit hash. It needs one pass, no sort and
+no memory, does not depend on the order of rows, and tells any damage; it is no defence against a forger, who has no
+access here. The server's own hashes are the same in all its versions, as partitioning by hash relies on. It has that of
+a whole row since version 14, which takes half the time of writing the row as text.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from psycopg import IsolationLevel, sql
 
 from runbook_lib.adapters import catalogue
 from runbook_lib.canonical import digest
+from runbook_lib.errors import UsageError
 
-FORMAT = 3
+FORMAT = 4
+_OLDEST_SERVER = 140000
 # Text forms of values depend on these; `row_security` off makes a hidden row an error instead of an omission.
 _SETTINGS = (
     "SET search_path = pg_catalog",
@@ -64,10 +67,24 @@ def prepare(connection: psycopg.Connection[Any]) -> None:
         connection.execute(statement)
 
 
+# The hash of a row is linear in those of its columns, and a sum of it would not see two values that changed places:
+# therefore it is hashed once more.
 _COUNT = (
-    "SELECT count(*), coalesce(sum(hashtextextended(t, 0)), 0)::text, coalesce(sum(hashtextextended(t, 1)), 0)::text"
-    ' FROM (SELECT (runbook_row.*)::text COLLATE "C" AS t FROM ONLY {} AS runbook_row OFFSET 0) AS texts'
+    "SELECT count(*), coalesce(sum(hashint8extended(h, 0)), 0)::text, coalesce(sum(hashint8extended(h, 1)), 0)::text"
+    " FROM (SELECT hash_record_extended(ROW({columns}), 0) AS h FROM ONLY {table} AS runbook_row OFFSET 0) AS hashes"
 )
+# Of these types no two values that are written differently have the same hash; of numeric 1.0 and 1.00 have, and of a
+# type of the database's own nobody knows. A text's hash is that of its bytes when its collation is C.
+_TEXTS, _EXACT = (
+    ("text", "varchar"),
+    ("bool", "bytea", "int2", "int4", "int8", "uuid", "date", "timestamp", "timestamptz"),
+)
+_COLUMNS = """
+    SELECT a.attname, CASE WHEN t.typnamespace = 'pg_catalog'::regnamespace THEN t.typname ELSE '' END
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_class c ON c.oid = a.attrelid
+    JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = %s AND c.relname = %s AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
+"""
 # By pieces: a value of PostgreSQL holds 1 GB, a large object 4 TB. Reading its pages would be quicker and takes a superuser;
 # for this the right is enough that pg_dump needs too.
 LARGE_OBJECT_PIECE = 8 << 20
@@ -127,9 +144,17 @@ def take(
         standing: from `sequences`, when they were read before; by default they are read now.
         jobs: how many tables are read at a time.
         keep_on: called between tables; what it raises ends the inventory.
+
+    Raises:
+        UsageError: the server is older than version 14.
     """
     stand = sequences(connect, snapshot) if standing is None else dict(standing)
     with _reading(connect, snapshot) as connection:
+        if connection.info.server_version < _OLDEST_SERVER:
+            raise UsageError(
+                f"PostgreSQL {connection.info.server_version // 10000} cannot hash a row: version 14 and later can",
+                remedy="that version gets no mends any more: use a newer server",
+            )
         rows = connection.execute(_TABLES).fetchall()
         definitions = structure(connection)
         large = sql.SQL(_LARGE_OBJECTS).format(size=sql.Literal(LARGE_OBJECT_PIECE))
@@ -152,8 +177,7 @@ def take(
                         schema, table = left.popleft()
                     except IndexError:
                         return
-                    counted = session.execute(sql.SQL(_COUNT).format(sql.Identifier(schema, table))).fetchone()
-                    assert counted is not None  # noqa: S101  # an aggregate has one row
+                    counted = _one_row(session, _count(session, schema, table))
                     tables[f"{schema}.{table}"] = {"rows": counted[0], "content": digest(list(counted[1:]))[:32]}
 
     with ThreadPoolExecutor(jobs, thread_name_prefix="inventory") as pool:
@@ -172,6 +196,21 @@ def take(
         "large_objects_content": digest(list(objects[1:]))[:32],
         "not_provable": not_provable,
     }
+
+
+def _count(session: psycopg.Connection[Any], schema: str, table: str) -> sql.Composed:
+    """The query of one table. Values of types whose hash is not exact are hashed as the text of a row of them."""
+    exact: list[sql.Composable] = []
+    others: list[sql.Composable] = []
+    for name, kind in session.execute(_COLUMNS, (schema, table)).fetchall():
+        column = sql.SQL("runbook_row.{}").format(sql.Identifier(name))
+        if kind in _TEXTS:
+            exact.append(sql.SQL('{} COLLATE "C"').format(column))
+        else:
+            (exact if kind in _EXACT else others).append(column)
+    if others or not exact:
+        exact.append(sql.SQL('ROW({})::text COLLATE "C"').format(sql.SQL(", ").join(others)))
+    return sql.SQL(_COUNT).format(columns=sql.SQL(", ").join(exact), table=sql.Identifier(schema, table))
 
 
 def sequences(connect: Connect, snapshot: str | None = None) -> dict[str, dict[str, Any]]:

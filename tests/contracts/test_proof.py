@@ -385,6 +385,47 @@ def test_a_large_object_is_read_to_its_last_byte_by_who_may_only_read_it(proofs:
         assert inventory.differences(before, now) == ["the 2 large objects have other content"]
 
 
+ALIKE = """
+CREATE COLLATION careless (provider = icu, locale = 'und-u-ks-level1', deterministic = false);
+CREATE DOMAIN name_of AS text COLLATE careless;
+CREATE TABLE alike (id int PRIMARY KEY, t text, c char(4), n numeric, f float8, i interval, j jsonb, a int[], d name_of,
+                    k text COLLATE careless, b bytea, x boolean, at timestamptz, none text);
+INSERT INTO alike SELECT n, 'text ' || n, 'c', 1.0, 0, '1 day', '{"a": 1.0}', '{1,2}', 'Name', 'Name', '\\x00', true, '2026-01-01', NULL
+    FROM generate_series(1, 3) n;
+CREATE TABLE bare (); INSERT INTO bare DEFAULT VALUES
+"""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param("t = 'text ' || 3 - id", id="two values that changed places"),
+        pytest.param("t = t || ' '", id="a blank"),
+        pytest.param("c = 'C'", id="a character"),
+        pytest.param("n = 1.00", id="the scale of a number"),
+        pytest.param("f = '-0'", id="the sign of zero"),
+        pytest.param("i = '24 hours'", id="a day and 24 hours"),
+        pytest.param("""j = '{"a": 1.00}'""", id="a number's scale within JSON"),
+        pytest.param("a = '[0:1]={1,2}'", id="an array's bounds"),
+        pytest.param("d = 'name'", id="a text of a domain, under a collation that does not tell it apart"),
+        pytest.param("k = 'name'", id="a text under a collation that does not tell it apart"),
+        pytest.param("b = '\\x0000'", id="a byte"),
+        pytest.param("x = NOT x", id="a truth"),
+        pytest.param("at = at + '1 microsecond'", id="a microsecond"),
+        pytest.param("none = ''", id="nothing and an empty text"),
+    ],
+)
+def test_values_that_count_as_equal_and_are_written_otherwise_are_told_apart(proofs: Proofs, change: str) -> None:
+    name = proofs.make(ALIKE)
+    before = inventory.take(lambda: proofs.connect(name))
+
+    proofs.run(name, f"UPDATE alike SET {change} WHERE id < 3")
+
+    now = inventory.take(lambda: proofs.connect(name))
+    assert inventory.differences(before, now) == ["table public.alike has other content in its 3 rows"]
+    assert before["tables"]["public.bare"]["rows"] == 1
+
+
 def test_a_large_object_that_differs_is_seen(proofs: Proofs) -> None:
     name = proofs.make("SELECT lo_from_bytea(4711, 'one')")
     right = proofs.dump(name, ZSTD)
