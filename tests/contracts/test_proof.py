@@ -1,10 +1,9 @@
-"""A dump is proved by restoring it: every good one passes, every damaged one is refused, whatever the database holds."""
+"""A dump is proved by restoring it: whatever the database holds, a good one passes."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,8 +32,6 @@ PACKINGS = {
     "none": postgres.Packing("0"),
     "directory": postgres.Packing("1", jobs=2),
 }
-# Of each kind of damage: in the tests that everybody runs, and in the soak.
-FEW, MANY = 2, 25
 
 SHOP = """
 CREATE TABLE customers (id serial PRIMARY KEY, name text NOT NULL, note text);
@@ -444,76 +441,6 @@ def test_an_inventory_of_another_version_is_not_compared(proofs: Proofs) -> None
 
     with pytest.raises(UsageError, match="the inventory has format 1"):
         proofs.why_not(one.path, one.manifest(sha256_file(one.path)), name)
-
-
-@pytest.mark.parametrize(
-    "each", [FEW, pytest.param(MANY, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])], ids=["few", "many"]
-)
-def test_every_damaged_dump_is_refused_and_every_good_one_passes(proofs: Proofs, each: int) -> None:
-    draw = random.Random(4)
-    name, other = proofs.make(SHOP.replace("{day}", "today")), proofs.make(SHOP.replace("{day}", "elsewhere"))
-    wrongly_refused, wrongly_passed, good, damaged = [], [], 0, 0
-
-    def refused(path: Path, manifest: dict[str, Any], what: str) -> None:
-        nonlocal damaged
-        damaged += 1
-        if not proofs.why_not(path, manifest, name):
-            wrongly_passed.append(what)
-
-    def proved(one: Dumped, what: str) -> None:
-        nonlocal good
-        good += 1
-        if why := proofs.why_not(one.path, one.manifest(sha256_file(one.path)), name):
-            wrongly_refused.append(f"{what}: {why}")
-
-    for kind, packing in PACKINGS.items():
-        if kind in ("gzip", "directory") and each == FEW:
-            continue
-        one = proofs.dump(name, packing)
-        proved(one, kind)
-        whole, manifest = one.path.read_bytes(), one.manifest(sha256_file(one.path))
-        bad = one.path.with_name("bad.dump")
-        for number in range(max(each - 5, 1)):
-            bad.write_bytes(whole[: len(whole) * number // max(each - 5, 1)])
-            refused(bad, manifest, f"{kind} cut at {bad.stat().st_size}")
-        for _ in range(each):
-            at, bit = draw.randrange(len(whole)), 1 << draw.randrange(8)
-            bad.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
-            refused(bad, manifest, f"{kind} bit {bit} at {at}")
-        for _ in range(max(each - 5, 1)):
-            at = draw.randrange(max(1, len(whole) - 4096))
-            bad.write_bytes(whole[:at] + bytes(4096) + whole[at + 4096 :])
-            refused(bad, manifest, f"{kind} zeroed at {at}")
-        # Damage that was there before the digest was taken: only the comparison can tell.
-        stranger = proofs.dump(other, packing)
-        refused(stranger.path, one.manifest(sha256_file(stranger.path)), f"{kind} of another database")
-        for statement, back in (
-            ("UPDATE orders SET cents = cents + 1 WHERE id = 77", "UPDATE orders SET cents = cents - 1 WHERE id = 77"),
-            (
-                "DELETE FROM orders WHERE id > 1990",
-                "INSERT INTO orders SELECT n, 1 + n % 400, n FROM generate_series(1991, 2000) n",
-            ),
-            ("DROP VIEW totals", "CREATE VIEW totals AS SELECT customer, sum(cents) FROM orders GROUP BY 1"),
-        ):
-            proofs.run(name, statement)
-            changed = proofs.dump(name, packing)
-            proofs.run(name, back)
-            refused(changed.path, one.manifest(sha256_file(changed.path)), f"{kind} after {statement}")
-        for day in range(1 if each == FEW else 10):
-            proofs.run(name, f"UPDATE customers SET note = note || '{day}' WHERE id % 10 = {day}")
-            proved(proofs.dump(name, packing), f"{kind} on day {day}")
-        emptied = proofs.dump(name, packing)
-        proofs.run(name, "CREATE TABLE aside AS TABLE orders; TRUNCATE orders")
-        empty = proofs.dump(name, packing)
-        proofs.run(name, "INSERT INTO orders TABLE aside; DROP TABLE aside")
-        refused(empty.path, emptied.manifest(sha256_file(empty.path)), f"{kind} with a table emptied")
-
-    print(f"{good} good, {damaged} damaged")
-    assert wrongly_passed == []
-    assert wrongly_refused == []
-    if each == MANY:
-        assert good >= 30
-        assert damaged >= 200
 
 
 @pytest.mark.soak
