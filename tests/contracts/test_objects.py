@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -21,7 +20,6 @@ from runbook_lib.adapters.objects import S3Store
 from runbook_lib.errors import DeniedError, StepFailedError, UnavailableError, UsageError
 from runbook_lib.params import ObjectStore as StoreParams
 from runbook_lib.ports import Stored
-from tests.soak.proxies import Proxy
 
 if TYPE_CHECKING:
     from tests.contracts.conftest import Bucket
@@ -312,41 +310,6 @@ def test_a_key_is_known_by_its_whole_name_or_the_last_part(said: str | None, wan
 
     with contextlib.nullcontext() if same else pytest.raises(StepFailedError):
         off_site._refuse_otherwise_encrypted(stored, params)
-
-
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("mode", ["refuse", "503", "cut 200", "cut 3000000", "slow", "other bytes", "other bytes sent"])
-def test_behind_a_bad_network_nothing_wrong_counts_as_stored(
-    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, whole: bool
-) -> None:
-    if not whole:
-        monkeypatch.setattr(objects, "_ONE_REQUEST_BYTES", 1 << 20)
-        monkeypatch.setattr(objects, "_PART_BYTES", 5 << 20)
-    address = urlsplit(bucket.endpoint)
-    proxy = Proxy((str(address.hostname), int(address.port or 0)), tmp_path / "mode").start()
-    prefix = f"bad-{mode.replace(' ', '-')}-{whole}"
-    near, far = bucket.store(prefix), bucket.store(prefix, endpoint=f"http://127.0.0.1:{proxy.port}")
-    path, digest = _file(tmp_path, hashlib.sha256(mode.encode()).digest() * ((3 if mode == "slow" else 12) << 15))
-    try:
-        proxy.mode = mode
-        try:
-            stored = far.put(path, "k", sha256=digest)
-            told = far.read_back(stored)
-        except (UnavailableError, DeniedError, StepFailedError, UsageError):
-            told = ("refused", 0)
-        # Whatever was said through the bad network: green only for what is there, byte for byte.
-        there = near.find("k")
-        if told == (digest, path.stat().st_size):
-            assert there is not None
-            assert near.read_back(there) == told
-        assert there is None or near.read_back(there)[0] == digest
-        proxy.mode = "pass"
-        assert far.read_back(far.put(path, "k", sha256=digest)) == (digest, path.stat().st_size)
-        assert len(_versions(near)) == 1
-        left = near._client.list_multipart_uploads(Bucket=near.bucket, Prefix=f"{prefix}/").get("Uploads", [])
-        assert left == []
-    finally:
-        proxy.stop()
 
 
 def test_a_file_that_changed_on_disk_is_not_stored(store: S3Store, tmp_path: Path) -> None:

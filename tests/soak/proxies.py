@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+NO_DEVICES = "a disk of a test's own needs root, iproute2, and a kernel or container that lets it"
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET of sched.h
 
 
@@ -25,8 +26,8 @@ class Proxy:
 
     Attributes:
         target: the real server.
-        file: where its mode is written: `pass`, `refuse`, `503`, `cut BYTES`, `slow`, `other bytes`,
-            `other bytes sent` (one in each big piece on its way to the server).
+        file: where its mode is written: `pass`, `refuse`, `503`, `cut BYTES` (of an answer), `cut sent BYTES` (of what is
+            asked), `slow` (both ways), `other bytes`, `other bytes sent` (one in each big piece on its way to the server).
         network: it listens in a network namespace of its own, whose link can be taken down: packets are lost and nobody
             is told, which is what a half-open connection is. Needs root and iproute2.
     """
@@ -114,7 +115,7 @@ class Proxy:
                 self._pump(client, server)
 
     def _pump(self, client: socket.socket, server: socket.socket) -> None:
-        back = 0
+        passed = {client: 0, server: 0}
         while True:
             for ready in select.select([client, server], [], [], 300)[0] or [None]:
                 try:
@@ -123,18 +124,19 @@ class Proxy:
                     return
                 if not data:
                     return
-                if ready is client and self.mode == "other bytes sent" and len(data) > 4096:
+                assert ready is not None
+                passed[ready] += len(data)
+                word, _, more = self.mode.partition(" ")
+                if word == "cut" and more.startswith("sent ") == (ready is client):
+                    if passed[ready] > int(more.removeprefix("sent ")):
+                        return  # in the middle of it
+                elif word == "slow":
+                    time.sleep(0.05)
+                elif self.mode == "other bytes sent" and ready is client and len(data) > 4096:
                     data = data[:2048] + bytes([data[2048] ^ 1]) + data[2049:]
-                if ready is server:
-                    back += len(data)
-                    word, _, bytes_ = self.mode.partition(" ")
-                    if word == "cut" and back > int(bytes_):
-                        return  # in the middle of an answer
-                    if word == "slow":
-                        time.sleep(0.05)
-                    if self.mode == "other bytes" and b"\r\n\r\n" in data:
-                        head, _, body = data.partition(b"\r\n\r\n")
-                        data = head + b"\r\n\r\n" + bytes(255 - byte for byte in body)
+                elif self.mode == "other bytes" and ready is server and b"\r\n\r\n" in data:
+                    head, _, body = data.partition(b"\r\n\r\n")
+                    data = head + b"\r\n\r\n" + bytes(255 - byte for byte in body)
                 try:
                     (server if ready is client else client).sendall(data)
                 except OSError:
