@@ -95,7 +95,7 @@ def opened(
     (home / "params" / "rehearsal.yml").write_text(text.replace("facts: .rehearsal/stack.json", "facts: stack.json"))
     # Where steps leave things each test has its own place; servers and hosts are the twin's.
     backups = tmp_path / "backups"
-    backups.mkdir()
+    backups.mkdir(exist_ok=True)  # a test may have put a disk there
     facts = {
         **twin,
         "dir": str(home),

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +25,13 @@ import pytest
 from runbook_lib import backup_files, off_site, restore
 from runbook_lib.adapters.objects import S3Store
 from runbook_lib.canonical import sha256_file
-from runbook_lib.errors import PausedError, StepFailedError, StepInDoubtError
+from runbook_lib.errors import PausedError, RunbookError, StepFailedError, StepInDoubtError
 from runbook_lib.model import Command, Status, StepResult
 from runbook_lib.phases import backup, prepare
 from runbook_lib.run import Run
 from tests.phases.conftest_backup import Opened, opened, slow_tools, twin  # noqa: F401  # fixtures
 from tests.project import alive
+from tests.soak.proxies import NO_DEVICES, has_own_devices
 
 Open = Callable[..., Opened]
 Tools = Callable[[str, str], Path]
@@ -293,6 +298,104 @@ def test_an_old_dump_does_not_stand(opened: Open) -> None:  # noqa: F811
 
     with pytest.raises(StepFailedError, match="s old"):
         backup.compare_hashes(one.run)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """The folder for backups as a disk of its own, with an earlier backup on it."""
+    if not has_own_devices():
+        pytest.skip(NO_DEVICES)
+    disk = tmp_path / "backups"
+    disk.mkdir(exist_ok=True)
+    subprocess.run(("mount", "-t", "tmpfs", "-o", "size=64m", "runbook-backups", str(disk)), check=True)
+    try:
+        (disk / "earlier.dump.zst").write_bytes(b"precious" * 1000)
+        yield disk
+    finally:
+        subprocess.run(("umount", "--lazy", str(disk)), check=True)
+
+
+class _full:
+    """The disk has so many pages left, and no more, for as long as the body runs."""
+
+    def __init__(self, disk: Path, pages: int) -> None:
+        self._disk, self._pages, self._ballast = disk, pages, disk / "ballast"
+
+    def __enter__(self) -> None:
+        stat = os.statvfs(self._disk)
+        with self._ballast.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, (stat.f_bavail - self._pages) * stat.f_bsize)
+
+    def __exit__(self, *_: object) -> None:
+        self._ballast.unlink()
+
+
+# The kernel's words, tar's when a write was cut short, ours when the room for unpacking is used up.
+_DISK_FULL = re.compile("No space left on device|Wrote only [0-9]+ of|bytes when it is unpacked beside itself")
+
+
+def _red_while_full(one: Opened, disk: Path, step: Any, pages: int) -> bool:
+    """Run a step on a disk with so many pages left; True when that hurt it, and it left nothing but what is green."""
+    before = {path.name: sha256_file(path) for path in disk.iterdir()}
+    try:
+        with _full(disk, pages):
+            step(one.run)
+    except RunbookError as error:
+        assert _DISK_FULL.search(str(error)), str(error)
+        state, after = one.run.state, {path.name: sha256_file(path) for path in disk.iterdir()}
+        hosts = one.run.params.all_hosts
+        green = [state.fact(key, "file") for key in map(backup_files.archive_key, hosts) if state.green(key)]
+        assert {name: after.get(name) for name in before} == before, "what was there is as it was"
+        new = {name for name in after.keys() - before.keys() if not name.endswith(".json")}
+        assert new == {Path(str(file)).name for file in green} - before.keys(), f"{step.name}, {pages} pages left"
+        assert not step.is_green(one.run, state)
+        return True
+    return False
+
+
+_PAGES = {
+    # An archive takes 610 of them, and its note two: some writes of it, and each of its last ones.
+    "archive_files": [*sorted(random.Random(7).sample(range(608), 12)), *range(608, 618)],
+    "dump_database": [*range(40), *range(40, 2000, 16)],
+    "validate_backup": range(0, 2000, 16),
+}
+
+
+@pytest.mark.parametrize(
+    ("packing", "pages"),
+    [
+        ("{compression: auto}", {"archive_files": [300], "dump_database": [5], "validate_backup": [5]}),
+        *(
+            pytest.param(packing, _PAGES, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])
+            for packing in ("{compression: auto}", "{compression: gzip}", "{compression: none}", "{format: directory}")
+        ),
+    ],
+)
+def test_on_a_full_disk_no_backup_gets_a_name_and_with_room_it_is_made(
+    small_disk: Path,
+    opened: Open,  # noqa: F811
+    twin: dict[str, Any],  # noqa: F811
+    packing: str,
+    pages: dict[str, list[int]],
+) -> None:
+    one = opened(backup__dump=packing, backup__free_ratio="0")
+    hurt: dict[str, list[int]] = {}
+    for step in (backup.archive_files, backup.dump_database, backup.validate_backup):
+        # In soaks to the first number of pages that is enough: then each write met its end.
+        hurt[step.name] = list(takewhile(partial(_red_while_full, one, small_disk, step), pages[step.name]))
+        step(one.run)
+
+    print(packing, {name: len(reds) for name, reds in hurt.items()})
+    # What is packed by nothing but pg_dump is proved as it lies.
+    assert all(
+        hurt[name]
+        for name in hurt
+        if name != "validate_backup" or packing in ("{compression: auto}", "{format: directory}")
+    )
+    assert (small_disk / "earlier.dump.zst").read_bytes() == b"precious" * 1000
+    assert not [name for name in _kept(one) if name.endswith((".part", ".folder"))]
+    assert len(_kept(one)) == 1 + 1 + len(one.run.params.all_hosts)
+    assert _scratch_databases(twin) == []
 
 
 def test_an_older_pg_dump_is_refused(opened: Open, slow_tools: Tools) -> None:  # noqa: F811

@@ -48,7 +48,8 @@ class Fault:
         first: called before the step's process begins; returns what ends the fault.
         beside: called once the process has begun; returns what ends the fault.
         only: steps whose key holds one of these; empty for all.
-        names: what the step's process says of it, as a regular expression; any error of ours when the fault need not hurt.
+        names: what the step's process says of it, as a regular expression; any error of ours when the fault need not hurt,
+            and one that nothing fits when it must not.
         ledger: the kind of ledger that it is for; empty for both.
         root: it needs a disk or a network of its own.
     """
@@ -109,6 +110,25 @@ def _full_disk(walk: Walk, number: int) -> Callable[[], None]:
     return lambda: ballast.unlink(missing_ok=True)
 
 
+def _full_backups(walk: Walk, number: int) -> Callable[[], None]:
+    """Fill the disk that backups are written to, likewise: an archive of the twin takes 600 pages, its dump 30."""
+    disk = walk.world.twin / "backups"
+    stat = os.statvfs(disk)
+    ballast = disk / "ballast"
+    with ballast.open("wb") as file:
+        left = random.Random(number).randint(0, 25)
+        os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail - left) * stat.f_bsize)
+    return lambda: ballast.unlink(missing_ok=True)
+
+
+def _sent_ahead() -> None:
+    """The twin's backups are small: in this process they are big enough to be sent while they are made."""
+    from runbook_lib.adapters import objects, uploads
+
+    objects._ONE_REQUEST_BYTES = objects._PART_BYTES = 16 << 10
+    uploads._LOOK_EVERY_S = 0.002
+
+
 def _read_only_disk(walk: Walk, _number: int) -> Callable[[], None]:
     disk = str(walk.world.project.root / "outputs")
     subprocess.run(("mount", "-o", "remount,ro", disk), check=True)
@@ -145,9 +165,14 @@ _S3_STEPS = (
     "prepare.check_capacity",
     "backup.recheck_preparation",
 )
+# They send what is on disk of a backup, and a store that is ill is none of their business.
+_AHEAD_STEPS = ("backup.archive_files", "backup.dump_database")
+_BACKUP_STEPS = (*_AHEAD_STEPS, "backup.validate_backup")
 _DATABASE_STEPS = ("dump_database", "validate_backup", "migrate.", "fence", "rollback.restore_schema", "check_capacity")
 _SILENT_STEPS = ("dump_database", "migrate_production", "fence_writes", "check_locks")
 _LEDGER = r"LedgerUnavailableError: the ledger .* cannot be used: "
+_NOTHING = "(?!)"
+_DISK_FULL = "No space left on device|bytes when it is unpacked beside itself"
 _ANY = r"[A-Z][A-Za-z]+Error: "
 _STORE = "UnavailableError: .*s3://"
 PROXIES: dict[str, Proxy] = {}
@@ -161,6 +186,7 @@ FAULTS = (
         root=True,
     ),
     Fault("disk of outputs/ read-only", _ANY, first=_read_only_disk, must_hurt=True, root=True),
+    Fault("disk of the backups full", _DISK_FULL, first=_full_backups, only=_BACKUP_STEPS, must_hurt=True, root=True),
     Fault("no file may grow", _ANY, within=_limit(resource.RLIMIT_FSIZE, 8192)),
     Fault("descriptors used up", _ANY, within=_limit(resource.RLIMIT_NOFILE, 24)),
     Fault("clock + 1 h", _ANY, within=_clock(timedelta(hours=1))),
@@ -184,6 +210,25 @@ FAULTS = (
     Fault("store is slow", _ANY, first=_proxy("store", "slow"), only=_S3_STEPS),
     Fault("store gives other bytes", _ANY, first=_proxy("store", "other bytes"), only=_S3_STEPS),
     Fault("store half-open", _STORE, first=_proxy("store", "half-open"), only=_S3_STEPS, must_hurt=True, root=True),
+    *(
+        Fault(f"store {said}, while it is sent ahead", _NOTHING, within=_sent_ahead, first=begin, only=_AHEAD_STEPS)
+        for said, begin in (
+            ("refuses", _proxy("store", "refuse")),
+            ("answers 503", _proxy("store", "503")),
+            ("cuts answers", _proxy("store", "cut 300")),
+            ("is cut off in a part", _proxy("store", "cut sent 20000")),
+            ("is slow", _proxy("store", "slow")),
+            ("gets other bytes", _proxy("store", "other bytes sent")),
+        )
+    ),
+    Fault(
+        "store half-open, while it is sent ahead",
+        _NOTHING,
+        within=_sent_ahead,
+        first=_proxy("store", "half-open"),
+        only=_AHEAD_STEPS,
+        root=True,
+    ),
     Fault("ledger refuses", _LEDGER, first=_proxy("ledger", "refuse"), must_hurt=True, ledger="postgresql"),
     Fault(
         "ledger cut in its greeting", _LEDGER, first=_proxy("ledger", "cut 300"), must_hurt=True, ledger="postgresql"
@@ -320,19 +365,20 @@ def main() -> None:
 def disturbed(
     folder: Path, ledger: str = "sqlite", *, wanted: Callable[[str], bool] = lambda _key: True, back: bool = True
 ) -> Iterator[Walk]:
-    """`walked`, with proxies before its servers, and a small disk of its own under outputs/.
+    """`walked`, with proxies before its servers, and small disks of their own under outputs/ and for backups.
 
-    Without root there is no such disk, and no network that loses packets.
+    Without root there are no such disks, and no network that loses packets.
     """
     network = has_own_devices()
     os.environ["PGSSLMODE"] = "disable"  # elsewhere than on the loopback address clients ask for TLS by themselves
-    disk = folder / "project" / "outputs"
+    disk, backups = folder / "project" / "outputs", folder / "project" / ".rehearsal" / "backups"
 
     def settings(project: Project, ledger_url: str) -> dict[str, str]:
         facts = project.facts
         disk.mkdir(exist_ok=True)
         if network:
-            subprocess.run(("mount", "-t", "tmpfs", "-o", "size=64m", "runbook-soak", str(disk)), check=True)
+            for one in (disk, backups):
+                subprocess.run(("mount", "-t", "tmpfs", "-o", "size=64m", "runbook-soak", str(one)), check=True)
         s3, database = urlsplit(facts["s3"]["endpoint"]), facts["database"]
         store = _proxied("store", folder, (str(s3.hostname), int(s3.port or 0)), 1 if network else 0)
         before = _proxied("database", folder, (database["host"], int(database["port"])), 2 if network else 0)
@@ -347,6 +393,8 @@ def disturbed(
             "database.passfile": str(passfile),
             "backup.timeout_s": "90",
             "migrations.timeout_s": "60",
+            # Behind its proxy the server is on another machine, whose volume nobody can look at.
+            "backup.scratch_capacity_bytes": str(1 << 40),
         }
         if ledger_url:
             url = urlsplit(ledger_url)
@@ -367,7 +415,8 @@ def disturbed(
         for name in list(PROXIES):
             PROXIES.pop(name).stop()
         if network:
-            subprocess.run(("umount", "--lazy", str(disk)), check=False)
+            for one in (disk, backups):
+                subprocess.run(("umount", "--lazy", str(one)), check=False)
 
 
 def _proxied(name: str, folder: Path, target: tuple[str, int], network: int) -> Proxy:
