@@ -32,8 +32,8 @@ from tests.soak.worlds import differences
 
 TARGETS = ("executor", "kernel", "command", "group")
 _PHASE_S = 300.0
-# How many cells are walked from the drawn step on.
-_CELLS = 2
+# Of so many cases one walks the cell after the drawn step too: it may be killed between the two, or in the second one.
+_ONWARDS = 3
 _TRIES = 3
 
 
@@ -221,7 +221,7 @@ def try_kill(walk: Walk, number: int, key: str) -> Kill:
 
     draw = random.Random(number)
     target = draw.choice(TARGETS)
-    phase, rest = key.partition(".")[0], _rest(walk, key)
+    phase, rest = key.partition(".")[0], _rest(walk, key, 2 if number % _ONWARDS == 0 else 1)
     _shorten(walk, phase, rest[-1])
     before = walk.world.put_back(walk.steps[key]["checkpoint"])
     log = walk.folder / f"kill-{(walk.world.ledger and 'postgresql') or 'sqlite'}.log"
@@ -281,11 +281,11 @@ def _step(walk: Walk, number: int) -> str:
     return draw.choice(items[draw.choice(list(items))])
 
 
-def _rest(walk: Walk, key: str) -> list[str]:
+def _rest(walk: Walk, key: str, count: int) -> list[str]:
     """The keys of the cells that are walked from the drawn step on, all hosts of a step included."""
     phase, keys = key.partition(".")[0], list(walk.steps)
     after = [k for k in keys[keys.index(key) :] if k.partition(".")[0] == phase and not k.endswith("sign_off")]
-    cells = list(dict.fromkeys(k.partition("@")[0] for k in after))[:_CELLS]
+    cells = list(dict.fromkeys(k.partition("@")[0] for k in after))[:count]
     return [k for k in after if k.partition("@")[0] in cells]
 
 
