@@ -249,6 +249,7 @@ def try_kill(walk: Walk, number: int, key: str) -> Kill:
     broken = [f"{f.invariant}: {f.where} {f.why}" for f in examine(events, run.folder) if not f.ok]
     green = all(state.green(other) for other in rest)
     found = walk.world.look()
+    undelivered = green and any(UNDELIVERED in state.step(other).result.facts for other in rest)
     differs = differences(walk.steps[rest[-1]]["after"], found)
     return Kill(
         number=number,
@@ -261,13 +262,13 @@ def try_kill(walk: Walk, number: int, key: str) -> Kill:
         green=green,
         blocked=any(state.step(other).status == "blocked" for other in rest),
         differs=differs if green else [],
-        wrong_green=green and bool(differs) and not differences(before, found),
+        wrong_green=green and bool(differs) and not undelivered and not differences(before, found),
         broken=broken,
         left_over=[line[:120] for pid, line in known.items() if _still(pid, line)],
         resume_s=round(resume_s, 2),
         work_s=round(sum(event.data["duration_s"] for event in done), 2),
         said="" if green and not resumed else log.read_text()[-1500:],
-        undelivered=green and any(UNDELIVERED in state.step(other).result.facts for other in rest),
+        undelivered=undelivered,
     )
 
 
