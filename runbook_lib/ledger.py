@@ -60,13 +60,15 @@ _ALONE = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "LOCK TABLE events IN EXCLU
 # and not acknowledged, in milliseconds.
 CUT_OFF = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 # A writer that was stopped in the middle of a write must not stop all others: the server ends its transaction.
+_STALLED = "20s"
 _POSTGRESQL = {
     **CUT_OFF,
     "application_name": "runbook ledger",
     "connect_timeout": 10,
-    "options": "-c idle_in_transaction_session_timeout=20s -c lock_timeout=30s -c statement_timeout=60s "
-    "-c synchronous_commit=on",
 }
+_OPTIONS = (
+    "-c idle_in_transaction_session_timeout={} -c lock_timeout=30s -c statement_timeout=60s -c synchronous_commit=on"
+)
 # Any number that others of this database hardly use: whoever creates the table is alone.
 _CREATING = 7_461_523
 
@@ -95,7 +97,8 @@ class Ledger:
             self._engine = sa.create_engine(address)
             sa.event.listen(self._engine, "connect", _durable_sqlite)
         else:
-            self._engine = sa.create_engine(address, connect_args=_POSTGRESQL, pool_pre_ping=True)
+            arguments = {**_POSTGRESQL, "options": _OPTIONS.format(_STALLED)}
+            self._engine = sa.create_engine(address, connect_args=arguments, pool_pre_ping=True)
         self._made = False
         self._there()
 

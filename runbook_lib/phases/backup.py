@@ -389,6 +389,12 @@ def replicate_off_site(run: Run) -> StepResult:
             f"bucket {run.params.backup.store.bucket} keeps no versions: what is deleted there is gone",
             remedy="turn its versioning on, then resume",
         )
+    lost = [path.name for path, _ in off_site.copies(run) if not path.is_file()]
+    if lost:
+        raise StepFailedError(
+            f"{', '.join(lost)} are not in {run.params.backup.directory} on this machine",
+            remedy=f"resume on the machine that made them; if it is lost: runbook abort {run.run_id}, and open a new run",
+        )
     store = run.services.store
     total, before = sum(path.stat().st_size for path, _ in off_site.copies(run)), store.sent_bytes
     with progress.told(run.scratch, "copies off site", lambda: store.sent_bytes - before, total=total):

@@ -209,13 +209,18 @@ def test_a_damaged_archive_does_not_pass(opened: Open) -> None:  # noqa: F811
         backup.validate_backup(one.run)
 
 
-def test_a_file_that_changed_after_its_proof_is_not_copied(opened: Open) -> None:  # noqa: F811
+def test_a_file_that_changed_after_its_proof_or_is_on_another_machine_is_not_copied(opened: Open) -> None:  # noqa: F811
     one = opened()
     _backed_up(one)
     archive = backup_files.archive_path(one.run, "app-01")
     archive.write_bytes(archive.read_bytes() + b"x")
 
     with pytest.raises(StepFailedError, match="expected"):
+        backup.replicate_off_site(one.run)
+    archive.unlink()
+    with pytest.raises(
+        StepFailedError, match=rf"{archive.name} are not in .* Next: resume on the machine that made them"
+    ):
         backup.replicate_off_site(one.run)
 
 

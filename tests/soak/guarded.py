@@ -458,8 +458,8 @@ _DURABLE = (
     Guard(
         "an event is on disk before the ledger says so (PostgreSQL)",
         _LEDGER,
-        '"-c synchronous_commit=on"',
-        '""',
+        " -c synchronous_commit=on",
+        "",
         (f"{_T_LEDGER}postgresql_is_durable_whatever_the_database_prefers",),
     ),
     Guard(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from runbook_lib import ledger as ledger_module
 from runbook_lib.errors import FencedError, LedgerUnavailableError, PausedError, UsageError, VerificationError
 from runbook_lib.ledger import Ledger
 from runbook_lib.model import Status
@@ -289,9 +290,13 @@ def test_processes_that_open_a_new_ledger_at_once_all_can(ledger_url: str) -> No
         assert all(pool.map(lambda _: Ledger(ledger_url).runs() == [], range(16)))
 
 
-def test_a_writer_that_stops_in_the_middle_does_not_stop_the_others(ledger_server: LedgerServer) -> None:
+def test_a_writer_that_stops_in_the_middle_does_not_stop_the_others(
+    ledger_server: LedgerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = ledger_server.new_ledger()
-    ledger = Ledger(f"{url}&options=-c%20idle_in_transaction_session_timeout%3D500ms")
+    with monkeypatch.context() as impatient:
+        impatient.setattr(ledger_module, "_STALLED", "500ms")
+        ledger = Ledger(url)
     ledger.append("run-1", "run_opened", OPENED, environment="rehearsal")
     other = Ledger(url)
     with ThreadPoolExecutor(1) as pool:
