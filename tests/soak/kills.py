@@ -35,6 +35,7 @@ _PHASE_S = 300.0
 # Of so many cases one walks the cell after the drawn step too: it may be killed between the two, or in the second one.
 _ONWARDS = 3
 _TRIES = 3
+_ORPHAN_S = 5.0
 
 
 @dataclass
@@ -264,7 +265,7 @@ def try_kill(walk: Walk, number: int, key: str) -> Kill:
         differs=differs if green else [],
         wrong_green=green and bool(differs) and not undelivered and not differences(before, found),
         broken=broken,
-        left_over=[line[:120] for pid, line in known.items() if _still(pid, line)],
+        left_over=_left_over(known),
         resume_s=round(resume_s, 2),
         work_s=round(sum(event.data["duration_s"] for event in done), 2),
         said="" if green and not resumed else log.read_text()[-1500:],
@@ -299,6 +300,14 @@ def _shorten(walk: Walk, phase: str, last: str) -> None:
     ends = [n for n, cell in enumerate(notebook["cells"]) if f".{name}(" in "".join(cell["source"])]
     notebook["cells"] = notebook["cells"][: ends[-1] + 1]
     (walk.world.project.root / "runbooks" / notebook_of(phase)).write_text(json.dumps(notebook))
+
+
+def _left_over(known: dict[int, str]) -> list[str]:
+    """Command lines of what goes on. A kernel whose executor was killed notices within a second, and may idle until then."""
+    deadline = time.monotonic() + _ORPHAN_S
+    while (left := [line[:120] for pid, line in known.items() if _still(pid, line)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
 
 
 def _still(pid: int, line: str) -> bool:
