@@ -96,7 +96,7 @@ def test_a_run_that_only_prepared_goes_back_too(project: Project, tools: Tools) 
 
 
 def test_two_signals_at_once_end_the_command_too(project: Project, tools: Tools) -> None:
-    tools.hold("pg_dump", "--format=custom")
+    tools.hold("pg_dump", "--snapshot=")
     executor = project.start("run", "rehearsal")
     wait_until(lambda: tools.reached("pg_dump"), "the dump")
 
@@ -111,7 +111,7 @@ def test_two_signals_at_once_end_the_command_too(project: Project, tools: Tools)
 
 
 def test_ctrl_c_pauses_the_run_and_a_second_executor_is_told_who_has_it(project: Project, tools: Tools) -> None:
-    tools.hold("pg_dump", "--format=custom")
+    tools.hold("pg_dump", "--snapshot=")
     executor = project.start("run", "rehearsal")
     wait_until(lambda: tools.reached("pg_dump"), "the dump")
     run_id = project.runs()[-1].name
@@ -176,7 +176,7 @@ def test_a_time_out_at_a_gate_approves_nothing_and_undoes_nothing(project: Proje
 
 
 def test_a_killed_dump_is_found_again_and_the_run_stops_at_gate_1(project: Project, tools: Tools) -> None:
-    kill_when(project, tools, "pg_dump", "--format=custom", "run", "rehearsal")
+    kill_when(project, tools, "pg_dump", "--snapshot=", "run", "rehearsal")
     run_id = project.runs()[-1].name
 
     done = project.runbook("resume", run_id, "--json")
