@@ -106,13 +106,20 @@ def test_from_a_request_to_go_back_on_no_step_of_the_way_forth_starts(run: Run) 
     acts = Acts()
     before, after = acts.step(), acts.step()
     after.name = "after"
+    looked: list[str] = []
+
+    @after.pre_state
+    def _(run: Run) -> Mapping[str, Any]:
+        looked.append("at its target")
+        return {}
+
     first = before(run)
     run.ledger.append(run.run_id, "rollback_requested", {"reason": "it is slow", "exit_code": 1})
 
     with pytest.raises(PausedError, match=rf"goes back \(it is slow\). Next: runbook resume {run.run_id}"):
         after(run)
     assert before(run).facts == first.facts
-    assert acts.times == 1
+    assert (acts.times, looked) == (1, [])
 
 
 def test_a_request_to_go_back_that_comes_meanwhile_is_seen_before_the_intent(run: Run) -> None:
