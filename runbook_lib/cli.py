@@ -229,15 +229,24 @@ def _progress(run: Run) -> Iterator[None]:
                 for line in lines:
                     console.print(f"     {line}", style="dim", markup=False)
 
-    thread = threading.Thread(target=follow, daemon=True)
+    try:
+        with _beside(follow, stop):
+            yield
+    finally:
+        with contextlib.suppress(OSError, RunbookError):  # a terminal, or a ledger, that is gone
+            tell()
+
+
+@contextmanager
+def _beside(work: Callable[[], None], stop: threading.Event) -> Iterator[None]:
+    """Let `work`, which ends when it is told to stop, run in a thread while the body does."""
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         yield
     finally:
         stop.set()
         thread.join()
-        with contextlib.suppress(OSError, RunbookError):  # a terminal, or a ledger, that is gone
-            tell()
 
 
 def _execute(run: Run, work: Callable[[], Outcome]) -> Outcome:
@@ -930,13 +939,8 @@ def _told(folder: Path) -> Iterator[None]:
             for line in progress.now(folder):
                 _say(line)
 
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
+    with _beside(tell, stop):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 @backup_app.command("prove")
