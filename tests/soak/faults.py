@@ -395,6 +395,8 @@ def disturbed(
             "migrations.timeout_s": "60",
             # Behind its proxy the server is on another machine, whose volume nobody can look at.
             "backup.scratch_capacity_bytes": str(1 << 40),
+            # A store whose size is known is asked how much it keeps.
+            "backup.store.capacity_bytes": str(1 << 40),
         }
         if ledger_url:
             url = urlsplit(ledger_url)
