@@ -502,14 +502,21 @@ def takeover(
     """
     from runbook_lib import lease, wiring
 
-    run = wiring.attach(run_id)
     if not reason.strip():
         raise UsageError("a takeover needs its reason", remedy="give --reason TEXT")
-    fenced = lease.take_over(run, reason=reason)
+    try:
+        run = wiring.attach(run_id)
+    except FolderLostError:
+        with wiring.without_folder(run_id) as run:
+            fenced = lease.take_over(run, reason=reason)
+            following, summary = "abort", {"run": run_id, "state": run.state.status, "record": None}
+    else:
+        fenced = lease.take_over(run, reason=reason)
+        following, summary = "review" if run.state.ended else "resume", _summary(run)
     where = ", ".join(fenced) or "the ledger alone, since the run holds no environment"
-    _say(f"shut out at: {where}. Next: runbook {'review' if run.state.ended else 'resume'} {run_id}")
+    _say(f"shut out at: {where}. Next: runbook {following} {run_id}")
     if json:
-        _print_json({**_summary(run), "fenced": fenced})
+        _print_json({**summary, "fenced": fenced})
 
 
 @app.command()

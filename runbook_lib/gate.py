@@ -152,13 +152,15 @@ def open_round(run: Run, name: str) -> GateState:
         _write_again(run, name, now, content)
         return now
     number = now.round + 1
+    path = _evidence_path(run, name, number)
 
     def still_due(state: RunState) -> None:
-        if state.gate(name).round != now.round:
+        if state.ended or state.gate(name).round != now.round:
             raise _SaidAlreadyError  # by somebody who looked at the same moment
+        # In here: who was slower writes nothing over what people are shown.
+        write_atomically(path, content)
 
-    artifact = run.keep(f"gates/{name}-{number}.json", content)
-    mirror.put(run, run.folder / artifact.path)
+    mirror.put(run, path.name, content)
     gate = rule(run, name)
     opened = time.time()
     words = {
@@ -167,7 +169,11 @@ def open_round(run: Run, name: str) -> GateState:
         "nonce": random.token_hex(16),
         "opened_epoch_s": opened,
         "expires_epoch_s": opened + gate.timeout_s,
-        "evidence": {"path": artifact.path, "sha256": artifact.sha256, "cards": len(json.loads(content)["cards"])},
+        "evidence": {
+            "path": path.relative_to(run.folder).as_posix(),
+            "sha256": sha256(content),
+            "cards": len(json.loads(content)["cards"]),
+        },
         "roles": list(gate.roles),
         "quorum": gate.quorum,
     }
@@ -181,7 +187,7 @@ def cards(run: Run, name: str) -> list[dict[str, Any]]:
     now = run.state.gate(name)
     if not now.round:
         return []
-    path = run.folder / f"artifacts/gates/{name}-{now.round}.json"
+    path = _evidence_path(run, name, now.round)
     if not path.exists():
         _write_again(run, name, now, canonical_json(evidence(run, name)))
     try:
@@ -195,9 +201,13 @@ def cards(run: Run, name: str) -> list[dict[str, Any]]:
 
 def _write_again(run: Run, name: str, now: GateState, content: bytes) -> None:
     """Another machine opened the round: while the evidence is the same, its file is too."""
-    path = run.folder / f"artifacts/gates/{name}-{now.round}.json"
+    path = _evidence_path(run, name, now.round)
     if not path.exists() and sha256(content) == now.evidence_sha256 and not run.state.ended:
         write_atomically(path, content)
+
+
+def _evidence_path(run: Run, name: str, number: int) -> Path:
+    return run.folder / f"artifacts/gates/{name}-{number}.json"
 
 
 def show(run: Run, name: str) -> dict[str, Any]:

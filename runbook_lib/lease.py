@@ -87,7 +87,7 @@ def refuse_held(state: RunState) -> None:
     if not processes.is_here(holder):
         raise PausedError(
             f"run {state.run_id} was last taken on by {named(holder)}, which cannot be looked at from here",
-            remedy=f"end it there; if that machine is lost: runbook takeover {state.run_id} --reason TEXT",
+            remedy=f"go on there, where the same run settles it; if that machine is lost: runbook takeover {state.run_id} --reason TEXT",
         )
     if processes.alive(holder):
         raise PausedError(
@@ -182,6 +182,11 @@ def _end(process: Mapping[str, Any]) -> None:
             raise PausedError(f"{named(process)} could not be ended", remedy="end it as its user, then the same again")
 
 
+def began_it(intent: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Who started the commands of an intent: of one that only looks again, the process whose attempt it looks at."""
+    return dict(intent.get("begun_by", intent["executor"]))
+
+
 def is_me(process: Mapping[str, Any]) -> bool:
     """True when this very process is meant."""
     return dict(process) == processes.me()
@@ -209,5 +214,5 @@ def refuse_at_work(run: Run, key: str, intent: Mapping[str, Any], since: str) ->
     if not processes.is_here(executor):
         raise PausedError(
             f"{key} was started by {named(executor)}, which cannot be looked at from here",
-            remedy=f"end it there; if that machine is lost: runbook takeover {run.run_id} --reason TEXT",
+            remedy=f"go on there, where the same run settles it; if that machine is lost: runbook takeover {run.run_id} --reason TEXT",
         )

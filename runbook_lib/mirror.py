@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from runbook_lib.adapters import processes
 from runbook_lib.canonical import canonical_json, sha256, sha256_file, write_atomically
-from runbook_lib.errors import PausedError, StepFailedError, UsageError, VerificationError
+from runbook_lib.errors import PausedError, RunbookError, StepFailedError, UsageError, VerificationError
 from runbook_lib.model import Event, Status
 from runbook_lib.params import Params
 from runbook_lib.ports import ObjectStore
@@ -24,7 +25,8 @@ from runbook_lib.run import Run
 from runbook_lib.state import fold
 
 EVENT = "folder_mirrored"
-SEAL = "statement.json.sig"
+STATEMENT, SEAL = "statement.json", "statement.json.sig"
+_REVIEW = "review/"
 # The list that this machine put last, or was about to.
 _PUT = "mirror-list.json"
 # A lock and a pid mean nothing elsewhere, and half-written files mean nothing at all.
@@ -56,6 +58,7 @@ def _push(run: Run, ended: str) -> None:
     # What a step beside this one is writing follows when that one is done.
     at_work = (s for key, s in run.state.steps.items() if s.status is Status.RUNNING and key != ended)
     writing = tuple(f"{step.intent['children']}/" for step in at_work)
+    record = _record(run.folder)
     try:
         note = _read_note(run.scratch)
         known = set(note["known"])
@@ -64,6 +67,8 @@ def _push(run: Run, ended: str) -> None:
             name = path.relative_to(run.folder).as_posix()
             if name.startswith(writing) or path.name.startswith(".") or path.suffix in _LEFT_OUT:
                 continue
+            if record is not None and name not in record and not name.startswith(_REVIEW):
+                continue  # nobody's record gets what its statement does not name
             if path.is_file():
                 files[name] = _put(run, path, known)
         listing = canonical_json({"run": run.run_id, "files": files})
@@ -80,18 +85,23 @@ def _push(run: Run, ended: str) -> None:
         run.ledger.append(run.run_id, "note", {"text": f"the folder was not mirrored: {error}"[:1000]})
 
 
-def put(run: Run, path: Path) -> None:
-    """Store one file of the folder by its digest, before an event names it; `fetch` finds it without a list.
+def put(run: Run, name: str, content: bytes) -> None:
+    """Store a file to be of the folder by its digest, before an event names it; `fetch` finds it without a list.
 
     For what is written by who holds no lease. Nothing for a ledger of this machine alone.
     """
     if not is_shared(run.params):
         return
+    digest = sha256(content)
     try:
-        digest = sha256_file(path)
-        run.services.store.put(path, _key(run.run_id, digest), sha256=digest)
-    except (StepFailedError, UsageError) as error:
-        run.ledger.append(run.run_id, "note", {"text": f"{path.name} was not mirrored: {error.message}"[:1000]})
+        run.scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=run.scratch, prefix="mirror-") as going:
+            path = Path(going) / digest
+            path.write_bytes(content)
+            run.services.store.put(path, _key(run.run_id, digest), sha256=digest)
+    except (StepFailedError, UsageError, OSError) as error:
+        said = error.message if isinstance(error, RunbookError) else str(error)
+        run.ledger.append(run.run_id, "note", {"text": f"{name} was not mirrored: {said}"[:1000]})
 
 
 def newest(events: Sequence[Event]) -> str | None:
@@ -103,8 +113,9 @@ def fetch(store: ObjectStore, events: Sequence[Event], folder: Path, scratch: Pa
     """Bring a run's folder here as the ledger names it, or bring up to date what another machine left behind.
 
     A file appears whole or not at all, `params.json` last; what only this machine has stays. When this machine was the
-    last at the folder, only what an event names is looked at, and nothing is written over while a step is at work. Of
-    a record that is sealed here nothing is ever written over.
+    last at the folder, only what an event names is looked at, and nothing is written over while a step is at work. A
+    record that is sealed here gets back what it lost, and nothing else but its review. What only this machine has when
+    the seal of another one comes is no part of that record: it is moved to the scratch folder.
 
     Raises:
         VerificationError: the ledger names no folder, or what the store holds is not what it names.
@@ -120,7 +131,7 @@ def fetch(store: ObjectStore, events: Sequence[Event], folder: Path, scratch: Pa
     files = _listing(store, run_id, listed, scratch)
     named = {path: digest for path, (digest, _) in _named(events).items()}
     ours = _is_ours(scratch, listed) and (folder / "params.json").exists()
-    at_work, sealed = _at_work(events), (folder / SEAL).exists()
+    at_work, record = _at_work(events), _record(folder)
     # What says that the folder is whole comes last.
     for name, wanted in sorted(
         {**files, **named}.items(), key=lambda item: (item[0] == "params.json", item[0] == SEAL)
@@ -131,15 +142,51 @@ def fetch(store: ObjectStore, events: Sequence[Event], folder: Path, scratch: Pa
         there = target.is_file()
         if there and ours and (name not in named or at_work):
             continue
-        if there and sealed and not name.startswith("review/"):
+        if record is not None and (there or record.get(name) != wanted) and not name.startswith(_REVIEW):
             continue
         if there and sha256_file(target) == wanted:
             continue
         get = _get if files.get(name) == wanted else _got
         content = get(store, run_id, wanted, scratch)
         if content is not None:  # else its executor has not stored it yet: `refuse_missing` says so to who needs it
+            if name == SEAL:
+                _set_aside(folder, scratch)
             write_atomically(target, content)
     _write_note(scratch, listed, {*note["known"], *files.values(), listed})
+
+
+def _record(folder: Path) -> dict[str, str | None] | None:
+    """The files of a sealed record with their digests, as its statement names them; None while it is not sealed."""
+    if not (folder / SEAL).exists():
+        return None
+    return _stated(folder)
+
+
+def _stated(folder: Path) -> dict[str, str | None]:
+    named: dict[str, str | None] = {STATEMENT: None, SEAL: None}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # lost or spoilt: `runbook verify` says so
+        subject = json.loads((folder / STATEMENT).read_bytes())["subject"]
+        named |= {str(one["name"]): str(one["digest"]["sha256"]) for one in subject}
+    return named
+
+
+def _set_aside(folder: Path, scratch: Path) -> None:
+    """Move what this machine wrote and never sent out of a record that another one has sealed meanwhile."""
+    record, aside = _stated(folder), scratch / "not-of-the-record"
+    if "params.json" not in record:  # no statement of a run: nobody knows what is of the record
+        return
+    for path in [path for path in folder.rglob("*") if path.is_file() or path.is_symlink()]:
+        name = path.relative_to(folder).as_posix()
+        if name in record or name.startswith(_REVIEW):
+            continue
+        target = aside / name
+        while target.exists():  # of an earlier time: nothing is lost
+            target = target.with_name(f"{target.name}.before")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, target)
+        for above in path.relative_to(folder).parents:  # a folder without a file is of no record either
+            with contextlib.suppress(OSError):
+                (folder / above).rmdir()
 
 
 def stored(store: ObjectStore, events: Sequence[Event], scratch: Path) -> Callable[..., bool]:
@@ -157,7 +204,6 @@ def catch_up(run: Run) -> None:
     """Bring the folder up to what another machine left since this process looked; nothing when none was at it.
 
     Raises:
-        PausedError: what the ledger names is neither here nor in the store.
         UnavailableError: the store does not answer.
     """
     if not is_shared(run.params):
@@ -166,7 +212,6 @@ def catch_up(run: Run) -> None:
     listed = newest(events)
     if listed is not None and not _is_ours(run.scratch, listed):
         fetch(run.services.store, events, run.folder, run.scratch)
-        refuse_missing(run)
 
 
 def has_seal(run: Run) -> bool:

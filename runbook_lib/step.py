@@ -65,6 +65,7 @@ class Attempt:
 
 # A card shows so much of its commands' logs; the whole ones are in the record.
 _LOGS, _TAIL_BYTES, _TAIL_LINES = 8, 4096, 12
+_NOT_FORTH = ("rollback", "review")
 _attempt: ContextVar[Attempt | None] = ContextVar("attempt", default=None)
 # What threads of this process are at: of a process that is this one, its being there says nothing.
 _here: set[tuple[str, str]] = set()
@@ -261,6 +262,8 @@ class Step:
         if known.status is Status.BLOCKED:
             raise _blocked(run, key, known.error)
         with lease.held(run):
+            if self.phase not in _NOT_FORTH:
+                mirror.refuse_missing(run)
             return self._settle_or_attempt(run, item, key, looked=looked)
 
     def _settle_or_attempt(self, run: Run, item: str | None, key: str, *, looked: bool) -> StepResult:
@@ -288,7 +291,7 @@ class Step:
 
     def _refuse_going_back(self, run: Run, state: RunState) -> None:
         """From the request on there is only the way back: a notebook of the way forth may be open somewhere."""
-        if state.rollback is not None and self.phase not in ("rollback", "review"):
+        if state.rollback is not None and self.phase not in _NOT_FORTH:
             raise PausedError(
                 f"{self.key()} does not start: run {run.run_id} goes back ({state.rollback['reason']})",
                 remedy=f"runbook resume {run.run_id} goes on with the way back",
@@ -438,6 +441,7 @@ class Step:
             return None
         again = {name: value for name, value in known.intent.items() if name != "epoch"}
         again |= {"attempt": known.attempt + 1, "executor": processes.me(), "settles": known.attempt}
+        again["begun_by"] = lease.began_it(known.intent)
         try:
             found = self._probed(run, item, key, known)
         except StepInDoubtError as error:
@@ -471,7 +475,7 @@ class Step:
                 raise StepInDoubtError(_cannot_tell(run, error)) from error
 
     def _let_left_over_end(self, run: Run, key: str, known: StepState) -> None:
-        if processes.is_here(known.intent["executor"]):  # elsewhere they are shut out, or nobody comes to this line
+        if processes.is_here(lease.began_it(known.intent)):  # elsewhere they are shut out, or nobody comes to this line
             processes.wait_for_children(run.folder / known.intent["children"], timeout_s=self.timeout_s)
         try:
             fence.end_left_over(run)

@@ -106,6 +106,11 @@ def resolve(
     if now.status is not Status.BLOCKED:
         raise UsageError(f"refused: {step} is {now.status.value}, not blocked", remedy=f"runbook status {run.run_id}")
     _may_settle(run, step, person)
+    if done and step == "rollback.restore_schema":
+        raise UsageError(
+            f"refused: {step} cannot be settled as done: it undoes one migration after the other, and looks at each",
+            remedy="finish the one undo by hand and remove its row in schema_migrations, then the same with --not-done",
+        )
     if done and (step.startswith("backup.") or step == "migrate.record_schema"):
         raise UsageError(
             f"refused: {step} cannot be settled as done: later steps rest on what it recorded",

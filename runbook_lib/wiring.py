@@ -147,6 +147,25 @@ def looking_around(params: Params) -> Iterator[Run]:
         yield replace(draft, folder=folder, scratch=folder, services=_services(params, Secrets(), folder, folder))
 
 
+@contextmanager
+def without_folder(run_id: str) -> Iterator[Run]:
+    """A run whose folder is lost, with its environment's params as they are now: to shut its executor out, no more.
+
+    Raises:
+        UsageError: there is no such run, or no params of its environment that name its ledger.
+    """
+    ledger, _ = ledger_with(run_id)
+    release = release_of(ledger.state(run_id))
+    params = load_params(release.environment)
+    if ledger_of(params).url != ledger.url:
+        raise UsageError(
+            f"params/{release.environment}.yml names another ledger than that of run {run_id}",
+            remedy="name that one there, then the same again",
+        )
+    with looking_around(params) as draft:
+        yield replace(draft, run_id=run_id, release=release, ledger=ledger)
+
+
 def create(draft: Run, *, plan: Mapping[str, Any], opened_by: str = "", people_sign: bool = False) -> Run:
     """Open the run that was previewed: write its folder, its trust file and its first events.
 

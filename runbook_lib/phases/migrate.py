@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runbook_lib import migration
+from runbook_lib import lease, migration
 from runbook_lib.adapters import processes
 from runbook_lib.clock import boot_id
 from runbook_lib.commands import migrations
@@ -119,7 +119,8 @@ def begun(run: Run, intent: Mapping[str, Any], name: str) -> bool:
     The command's lock file stands from before its fork on: without one nothing was started here. Whether another
     machine had started it, nobody sees from here; nor what a machine that lost its power did not write down.
     """
-    seen = processes.is_here(intent["executor"]) and intent["executor"]["boot"] == boot_id()
+    by = lease.began_it(intent)
+    seen = processes.is_here(by) and by["boot"] == boot_id()
     return not seen or any((run.folder / intent["children"]).glob(f"{name}.*"))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from runbook_lib import executor, lease, mirror
+from runbook_lib import archive, executor, lease, mirror
 from runbook_lib.adapters import processes
 from runbook_lib.adapters.objects import S3Store
 from runbook_lib.canonical import canonical_json, sha256
@@ -25,6 +27,7 @@ from runbook_lib.run import Run
 from runbook_lib.step import current_attempt
 from tests.unit.conftest import OpenRun, open_run, people  # noqa: F401  # fixtures
 from tests.unit.test_gate import asked_in
+from tests.unit.test_step import Acts
 
 if TYPE_CHECKING:
     from tests.contracts.conftest import Bucket
@@ -39,16 +42,16 @@ def store(bucket: Bucket, request: pytest.FixtureRequest) -> S3Store:
     return S3Store(bucket.name, prefix, endpoint=bucket.endpoint, credentials_file=str(bucket.credentials))
 
 
-def mirrored(store: S3Store, files: dict[str, bytes]) -> list[Event]:
+def mirrored(store: S3Store, files: dict[str, bytes], run_id: str = RUN) -> list[Event]:
     """Put a folder into the store as another machine would have; the ledger's events that name it."""
 
     def put(content: bytes) -> str:
         digest = sha256(content)
-        key = f"{store.prefix}/runs/{RUN}/{digest}"
+        key = f"{store.prefix.strip('/')}/runs/{run_id}/{digest}"
         store._client.put_object(Bucket=store.bucket, Key=key, Body=content, Metadata={"sha256": digest})
         return digest
 
-    listing = canonical_json({"run": RUN, "files": {name: put(content) for name, content in files.items()}})
+    listing = canonical_json({"run": run_id, "files": {name: put(content) for name, content in files.items()}})
     return [event(mirror.EVENT, {"sha256": put(listing), "files": len(files), "epoch": 1})]
 
 
@@ -170,8 +173,10 @@ def test_what_an_executor_here_may_be_writing_is_left_alone(store: S3Store, tmp_
 def test_a_sealed_record_is_not_written_to(store: S3Store, tmp_path: Path) -> None:
     events = [*mirrored(store, {"params.json": b"{}", "a.json": b"a"}), outcome("a.json", b"a")]
     mirror.fetch(store, events, tmp_path / "run", tmp_path / "scratch")
+    statement = {"subject": [{"name": "a.json", "digest": {"sha256": sha256(b"a")}}]}
+    (tmp_path / "run" / "statement.json").write_bytes(canonical_json(statement))
     (tmp_path / "run" / "statement.json.sig").write_bytes(b"sealed")
-    (tmp_path / "run" / "a.json").write_bytes(b"changed")
+    (tmp_path / "run" / "a.json").write_bytes(b"changed")  # it must not verify, and not be mended unseen
 
     mirror.fetch(store, events, tmp_path / "run", tmp_path / "scratch")
 
@@ -228,7 +233,7 @@ def test_a_store_that_lets_nobody_in_stops_no_release(shared: OpenRun, tmp_path:
     run = shared(backup__store__credentials_file=str(wrong))
 
     mirror.push(run)
-    mirror.put(run, run.folder / "params.json")
+    mirror.put(run, "params.json", b"{}")
 
     said = [e.data["text"] for e in run.ledger.events(run.run_id) if e.kind == "note"]
     assert ["the folder was not mirrored" in said[0], "params.json was not mirrored" in said[1]] == [True, True]
@@ -345,6 +350,23 @@ def test_nothing_goes_forward_on_a_file_that_is_nowhere(shared: OpenRun) -> None
         executor.go(run)
 
 
+def test_a_cell_goes_forward_on_no_such_file_either_however_often_it_is_run(shared: OpenRun) -> None:
+    run = shared()
+    lost = outcome("artifacts/lost.json", b"lost")
+    intent = {"step": "a.b", "attempt": 1, "phase": "prepare", "executor": processes.me()}
+    run.ledger.append(run.run_id, "step_intent", intent)
+    run.ledger.append(run.run_id, lost.kind, lost.data)
+    acts = Acts()
+
+    for _ in range(2):
+        with pytest.raises(PausedError, match=r"artifacts/lost\.json, .* is neither here nor in the store"):
+            acts.step()(run)
+    with lease.held(run):  # to end it, or to go back, needs no such file
+        pass
+
+    assert acts.times == 0
+
+
 def on_another_machine(run: Run, folder: Path) -> Run:
     """The run as another machine has it, fetched now."""
     there = replace(run, folder=folder / "run", scratch=folder / "scratch", ledger=Ledger(run.ledger.url))
@@ -400,6 +422,65 @@ def test_a_record_is_sealed_once_and_reviewed_elsewhere(shared: OpenRun, tmp_pat
     assert (there.folder / mirror.SEAL).read_bytes() == (here.folder / mirror.SEAL).read_bytes()
     assert {path: path.read_bytes() for path in sealed} == sealed
     assert (here.folder / "review" / "08_review.ipynb").read_text() == "looked back"
+
+
+def test_what_a_lost_machine_never_sent_gets_into_no_sealed_record(shared: OpenRun, tmp_path: Path) -> None:
+    here = shared()
+    mirror.push(here)
+    there = on_another_machine(here, tmp_path)
+    shutil.copy(here.trust, there.trust)
+    never_sent = here.folder / "logs" / "x" / "1" / "migrate.log"
+    never_sent.parent.mkdir(parents=True)
+    never_sent.write_text("half")
+    executor.abort(there, reason="the first machine was lost")
+
+    mirror.fetch(here.services.store, here.ledger.events(here.run_id), here.folder, here.scratch)  # it comes back
+    assert wrong(here) == []
+    assert (here.scratch / "not-of-the-record" / "logs" / "x" / "1" / "migrate.log").read_text() == "half"
+    never_sent.parent.mkdir(parents=True, exist_ok=True)
+    never_sent.write_text("a child of its own wrote on")
+    with lease.held(here):
+        (here.folder / "review").mkdir(exist_ok=True)
+        (here.folder / "review" / "08_review.ipynb").write_text("looked back")
+        mirror.push(here)
+    sent = json.loads((here.scratch / "mirror-list.json").read_bytes())["files"]
+    mirror.fetch(there.services.store, there.ledger.events(there.run_id), there.folder, there.scratch)
+
+    assert "review/08_review.ipynb" in sent
+    assert "logs/x/1/migrate.log" not in sent
+    assert [where for where in wrong(there) if not where.startswith("review/")] == []
+    assert (there.folder / "review" / "08_review.ipynb").read_text() == "looked back"
+
+
+def test_a_sealed_record_gets_no_file_that_it_does_not_name(shared: OpenRun, tmp_path: Path) -> None:
+    """Also from an older version there, which sent all that it had."""
+    here = shared()
+    executor.abort(here, reason="enough")
+    store, events = here.services.store, here.ledger.events(here.run_id)
+    assert isinstance(store, S3Store)
+    (listed,) = mirrored(store, {"logs/x/1/migrate.log": b"half"}, run_id=here.run_id)
+
+    mirror.fetch(store, [*events, replace(listed, seq=events[-1].seq + 1)], here.folder, here.scratch)
+
+    assert not (here.folder / "logs" / "x").exists()
+
+
+def wrong(run: Run) -> list[str]:
+    """Where a record does not verify."""
+    return [check.where for check in archive.verify(run.folder, run.trust) if not check.ok]
+
+
+def test_what_a_sealed_record_lost_comes_back_and_what_it_never_had_does_not(shared: OpenRun, tmp_path: Path) -> None:
+    here = shared()
+    executor.abort(here, reason="enough")
+    there = on_another_machine(here, tmp_path)
+    shutil.copy(here.trust, there.trust)
+    (there.folder / "checklist.html").unlink()
+    (there.folder / "params.json").unlink()
+
+    mirror.fetch(there.services.store, there.ledger.events(here.run_id), there.folder, there.scratch)
+
+    assert wrong(there) == []
 
 
 def test_what_another_machine_has_sealed_otherwise_is_not_written_over_here(store: S3Store, tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbook_lib import fence, lease, wiring
+from runbook_lib import cli, fence, lease, wiring
 from runbook_lib.errors import FencedError, PausedError, StepInDoubtError, UsageError
 from runbook_lib.migration import applied_versions, undo
-from runbook_lib.model import Command, Status
+from runbook_lib.model import Command, Status, StepResult
 from runbook_lib.phases import deploy, migrate, prepare, rollback
 from runbook_lib.run import Run
+from runbook_lib.step import Step
 from tests.phases.conftest_backup import PROJECT, Opened, opened, twin  # noqa: F401  # fixtures
 from tests.project import wait_until
 
@@ -398,3 +399,49 @@ def test_what_a_dead_executor_left_running_in_the_server_is_ended(
         wait_until(end, "the end of the session", 30)
         assert "exited 2" in str(left.exception())
     assert locked.state.step("x").status is Status.PENDING
+
+
+def test_who_looks_at_a_failed_migration_and_is_killed_does_not_take_it_for_its_own(
+    locked: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine began the command, and its logs came with nobody: only that says that it may be half done."""
+    from runbook_lib.commands import migrations
+
+    key = "migrate.migrate_production"
+    monkeypatch.setattr(migrations, "transactional", lambda *_: False)
+    before = applied_versions(locked, locked.params.database.production)
+    with stalled(locked, key, "dbmate") as old:
+        old.kill()
+        old.wait()
+    result = StepResult(status="failed").as_json()
+    failed = {"step": key, "attempt": 1, "status": "failed", "error": "it was ended", "result": result}
+    wiring.attach(locked.run_id).ledger.append(locked.run_id, "step_outcome", failed)
+    shutil.rmtree(locked.folder / locked.state.step(key).intent["children"])
+    lease.take_over(locked, reason="that machine is lost")
+    with monkeypatch.context() as killed:
+        killed.setattr(Step, "_block", lambda *_: KeyboardInterrupt())  # between its look and its word
+        with pytest.raises(KeyboardInterrupt):
+            migrate.migrate_production(locked)
+
+    with pytest.raises(StepInDoubtError, match="may be half done"):
+        migrate.migrate_production(locked)
+
+    assert locked.state.step(key).status is Status.BLOCKED
+    assert applied_versions(locked, locked.params.database.production) == before
+
+
+def test_a_run_whose_folder_and_machine_are_lost_is_taken_over_and_ended(
+    locked: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with stalled(locked, "prepare.confirm_candidate", "git") as old:
+        old.kill()
+        old.wait()
+    shutil.rmtree(locked.folder)
+    with pytest.raises(PausedError, match=f"runbook takeover {locked.run_id}"):
+        cli.abort(locked.run_id, reason="all is lost")
+
+    cli.takeover(locked.run_id, reason="that machine is lost")
+    assert f"host worker-01. Next: runbook abort {locked.run_id}" in capsys.readouterr().err
+    cli.abort(locked.run_id, reason="all is lost")
+
+    assert locked.ledger.live_run(locked.release.environment) is None

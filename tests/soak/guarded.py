@@ -1002,9 +1002,70 @@ _MACHINES = (
     Guard(
         "what a gate asks about is in the store, whoever opened its round",
         _GATE,
-        "    mirror.put(run, run.folder / artifact.path)\n",
+        "    mirror.put(run, path.name, content)\n",
         "",
         (f"{_T_MIRROR}what_a_gate_asks_about_is_in_the_store_before_the_ledger_names_it",),
+    ),
+    Guard(
+        "who is slower to ask at a gate writes nothing over what people are shown",
+        _GATE,
+        "        write_atomically(path, content)\n\n    mirror.put(run, path.name, content)\n",
+        "\n    mirror.put(run, path.name, content)\n    write_atomically(path, content)\n",
+        ("tests/unit/test_gate.py::test_who_is_slower_to_ask_writes_nothing_over_what_people_are_shown",),
+    ),
+    Guard(
+        "no gate is asked after the end",
+        _GATE,
+        "if state.ended or state.gate(name).round != now.round:",
+        "if state.gate(name).round != now.round:",
+        ("tests/unit/test_gate.py::test_no_gate_is_asked_after_the_end",),
+    ),
+    Guard(
+        "a cell goes forward on no file that is nowhere",
+        _STEP,
+        """\
+            if self.phase not in _NOT_FORTH:
+                mirror.refuse_missing(run)
+""",
+        "",
+        (f"{_T_MIRROR}a_cell_goes_forward_on_no_such_file_either_however_often_it_is_run",),
+    ),
+    Guard(
+        "a sealed record gets only what it names",
+        _MIRROR,
+        "if record is not None and (there or record.get(name) != wanted) and not name.startswith(_REVIEW):",
+        "if record is not None and there and not name.startswith(_REVIEW):",
+        (f"{_T_MIRROR}a_sealed_record_gets_no_file_that_it_does_not_name",),
+    ),
+    Guard(
+        "what a lost machine never sent is no part of the record that another one sealed",
+        _MIRROR,
+        "                _set_aside(folder, scratch)\n",
+        "                pass\n",
+        (f"{_T_MIRROR}what_a_lost_machine_never_sent_gets_into_no_sealed_record",),
+    ),
+    Guard(
+        "what a sealed record does not name is sent to nobody",
+        _MIRROR,
+        "if record is not None and name not in record and not name.startswith(_REVIEW):",
+        "if False:",
+        (f"{_T_MIRROR}what_a_lost_machine_never_sent_gets_into_no_sealed_record",),
+    ),
+    Guard(
+        "who looks at a failed attempt does not take its command for his own",
+        _STEP,
+        '        again["begun_by"] = lease.began_it(known.intent)\n',
+        "",
+        (
+            "tests/phases/test_fence.py::test_who_looks_at_a_failed_migration_and_is_killed_does_not_take_it_for_its_own",
+        ),
+    ),
+    Guard(
+        "undoing migrations is not settled as done",
+        "runbook_lib/testimony.py",
+        'if done and step == "rollback.restore_schema":',
+        "if False:",
+        ("tests/unit/test_testimony.py::test_undoing_migrations_is_not_settled_as_done",),
     ),
     Guard(
         "what a step beside is still writing is not mirrored",
@@ -1044,8 +1105,8 @@ _MACHINES = (
     Guard(
         "a sealed record is not written over by its copy",
         _MIRROR,
-        'if there and sealed and not name.startswith("review/"):',
-        "if False:",
+        "if record is not None and (there or record.get(name) != wanted) and not name.startswith(_REVIEW):",
+        "if record is not None and record.get(name) != wanted and not name.startswith(_REVIEW):",
         (f"{_T_MIRROR}a_sealed_record_is_not_written_to",),
     ),
     Guard(

@@ -38,6 +38,10 @@ _TRIES = 3
 _ORPHAN_S = 5.0
 
 
+# What a word to people that was not delivered leaves undone, and nothing else.
+_WORDS = ("repository/commits: ", "outward/")
+
+
 @dataclass
 class Kill:
     """One case."""
@@ -64,7 +68,9 @@ class Kill:
 
     @property
     def lost(self) -> bool:
-        return bool(self.differs) and not self.undelivered
+        """Something is not as it should be, but for the word itself that was told as not delivered."""
+        words = _WORDS if self.undelivered else ()
+        return any(not where.startswith(words) for where in self.differs)
 
     @property
     def good(self) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from runbook_lib import decisions, gate, phases
+from runbook_lib import decisions, gate, mirror, phases
 from runbook_lib.adapters import processes
-from runbook_lib.canonical import canonical_json
+from runbook_lib.canonical import canonical_json, sha256
 from runbook_lib.errors import GateClosedError, PausedError, UsageError
 from runbook_lib.model import Artifact, Recovery, StepResult
 from runbook_lib.phases import backup
@@ -170,6 +170,37 @@ def test_evidence_that_changed_is_asked_about_again(asked: Run, approve: Callabl
     assert gate.open_round(asked, "backup").round == 2
 
     refuses_the_step_behind(asked, "gate backup waits for 1 of 1")
+
+
+def test_who_is_slower_to_ask_writes_nothing_over_what_people_are_shown(
+    asked: Run, approve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two doors look within milliseconds, and the evidence changes in between."""
+    put = mirror.put
+
+    def first_the_other(*_: Any) -> None:
+        monkeypatch.setattr(mirror, "put", put)
+        green(asked, "backup.compare_hashes", asked.keep("backup/manifest.json", b'{"dump":"best"}'))
+        gate.open_round(asked, "backup")
+
+    green(asked, "backup.compare_hashes", asked.keep("backup/manifest.json", b'{"dump":"better"}'))
+    monkeypatch.setattr(mirror, "put", first_the_other)
+    gate.open_round(asked, "backup")
+
+    evidence = asked.folder / "artifacts" / "gates" / "backup-2.json"
+    assert sha256(evidence.read_bytes()) == asked.state.gate("backup").evidence_sha256
+    approve(asked, "ada")
+    assert gate.show(asked, "backup")["blockers"] == []
+
+
+def test_no_gate_is_asked_after_the_end(asked: Run) -> None:
+    asked.ledger.append(asked.run_id, "run_ended", {"state": "aborted"})
+    green(asked, "backup.compare_hashes", asked.keep("backup/manifest.json", b'{"dump":"better"}'))
+    before = {path.name for path in asked.folder.rglob("gates/*")}
+
+    gate.open_round(asked, "backup")
+
+    assert {path.name for path in asked.folder.rglob("gates/*")} == before
 
 
 # --- behind the gate ---------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_of_two_who_settle_a_step_at_once_the_first_one_counts(
         ("migrate.migrate_production", "dan"),
         ("deploy.deploy_new_version", "quinn"),
         ("complete.lift_maintenance", "dan"),
-        ("rollback.restore_schema", "quinn"),
+        ("rollback.restore_code", "quinn"),
     ],
 )
 def test_who_decides_after_a_step_may_settle_it(run: Run, people: dict[str, Path], key: str, person: str) -> None:
@@ -151,3 +151,15 @@ def test_a_run_that_ends_while_somebody_signs_takes_no_settlement(
         testimony.resolve(blocked, KEY, done=False, comment="seen", person="ada", key=people["ada"])
 
     assert sealed_parts(blocked) == []
+
+
+def test_undoing_migrations_is_not_settled_as_done(run: Run, people: dict[str, Path]) -> None:
+    """Done would skip the undos behind the one that is in doubt."""
+    blocked = blocked_at(run, "rollback.restore_schema")
+
+    with pytest.raises(UsageError, match=r"undoes one migration after the other.*--not-done"):
+        testimony.resolve(
+            blocked, "rollback.restore_schema", done=True, comment="looked", person="quinn", key=people["quinn"]
+        )
+
+    assert blocked.state.step("rollback.restore_schema").status is Status.BLOCKED
