@@ -141,7 +141,7 @@ def take(
     Args:
         connect: opens a session; each is closed here.
         snapshot: exported by a transaction that stays open; None where nobody writes.
-        standing: from `sequences`, when they were read before; by default they are read now.
+        standing: from `sequences`, when they were read before the snapshot; by default they are read now.
         jobs: how many tables are read at a time.
         keep_on: called between tables; what it raises ends the inventory.
 
@@ -156,6 +156,8 @@ def take(
                 remedy="that version gets no mends any more: use a newer server",
             )
         rows = connection.execute(_TABLES).fetchall()
+        # One that was dropped between its reading and the snapshot is not missing in a restore.
+        there = {f"{schema}.{name}" for schema, name, *_ in connection.execute(_SEQUENCES).fetchall()}
         definitions = structure(connection)
         large = sql.SQL(_LARGE_OBJECTS).format(size=sql.Literal(LARGE_OBJECT_PIECE))
         objects = _one_row(connection, large)
@@ -190,7 +192,7 @@ def take(
         "size_bytes": size_bytes,
         "extensions": extensions,
         "tables": dict(sorted(tables.items())),
-        "sequences": stand,
+        "sequences": {name: place for name, place in stand.items() if name in there},
         "structure": definitions,
         "large_objects": objects[0],
         "large_objects_content": digest(list(objects[1:]))[:32],

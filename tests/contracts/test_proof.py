@@ -19,6 +19,7 @@ from runbook_lib.adapters import inventory
 from runbook_lib.adapters.database import Database
 from runbook_lib.adapters.secrets import Secrets
 from runbook_lib.adapters.shell import LocalShell
+from runbook_lib.adapters.table_files import moved, table_files
 from runbook_lib.canonical import sha256_file
 from runbook_lib.commands import postgres
 from runbook_lib.errors import StepFailedError, UsageError
@@ -323,6 +324,9 @@ def test_an_empty_database_is_proved_too(proofs: Proofs) -> None:
 
     assert proofs.why_not(one.path, one.manifest(sha256_file(one.path)), name) == []
     assert one.inventory["tables"] == {}
+    # As it was read before the snapshot, which sees that it is gone.
+    read_before = inventory.take(lambda: proofs.connect(name), standing={"public.dropped": {"last_value": "1"}})
+    assert read_before["sequences"] == {}
 
 
 def test_what_is_written_during_the_dump_is_in_neither(proofs: Proofs) -> None:
@@ -331,6 +335,60 @@ def test_what_is_written_during_the_dump_is_in_neither(proofs: Proofs) -> None:
 
     assert proofs.why_not(one.path, one.manifest(sha256_file(one.path)), name) == []
     assert one.inventory["tables"]["public.orders"]["rows"] == 2000
+
+
+_RELOADED = "BEGIN; TRUNCATE {0}; INSERT INTO {0} SELECT * FROM spare; COMMIT"
+# What happens while a snapshot is held, in this order, and what is then said of the snapshot's tables, above what was said before.
+MOVES = {
+    "UPDATE orders SET cents = cents + 1; DELETE FROM orders WHERE id = 1": None,
+    "ALTER TABLE orders ADD COLUMN paid bool DEFAULT true; CREATE INDEX ON orders (cents)": None,
+    "VACUUM ANALYZE orders": None,
+    "REFRESH MATERIALIZED VIEW sums; CREATE TABLE later AS SELECT 1 AS one": None,
+    "TRUNCATE of_extension": None,
+    "TRUNCATE asked_for": "public.asked_for was truncated or rewritten",
+    "ALTER SEQUENCE orders_id_seq RESTART; CREATE TEMP TABLE mine (x int); TRUNCATE mine": None,
+    _RELOADED.format("orders"): "public.orders was truncated or rewritten",
+    "ALTER TABLE notes ALTER size TYPE bigint": "public.notes was truncated or rewritten",
+    "ALTER TABLE tokens ADD COLUMN token uuid DEFAULT gen_random_uuid()": "public.tokens was truncated or rewritten",
+    "ALTER TABLE logged SET UNLOGGED": "public.logged was truncated or rewritten",
+    "TRUNCATE quick": "public.quick was truncated or rewritten",
+    "TRUNCATE events": 'public."Events of 2026" was truncated or rewritten',
+    "DROP TABLE gone": "public.gone was dropped or renamed",
+    "ALTER SCHEMA old RENAME TO older": "old.there was dropped or renamed",
+    "BEGIN; DROP TABLE made; CREATE TABLE made AS SELECT 1 AS x; COMMIT": "public.made is another table now",
+    "ALTER TABLE a RENAME TO c; ALTER TABLE b RENAME TO a; ALTER TABLE c RENAME TO b": "public.a is another table now",
+    "ALTER TABLE wide DROP one; ALTER TABLE wide ADD one int DEFAULT 0": "columns of public.wide were dropped or renamed",
+}
+
+
+def test_what_a_snapshot_does_not_protect_is_named(proofs: Proofs) -> None:
+    name = proofs.make(
+        "CREATE TABLE orders (id serial, cents int); INSERT INTO orders (cents) VALUES (1), (2); CREATE TABLE spare AS TABLE orders;"
+        "CREATE TABLE notes (size int); CREATE TABLE tokens (x int); CREATE TABLE logged (x int); CREATE UNLOGGED TABLE quick (x int);"
+        'CREATE TABLE events (d date) PARTITION BY RANGE (d); CREATE TABLE "Events of 2026" PARTITION OF events DEFAULT;'
+        "CREATE TABLE gone (x int); CREATE SCHEMA old; CREATE TABLE old.there (x int); CREATE TABLE made (x int);"
+        "CREATE TABLE a (x int); CREATE TABLE b (x int); CREATE TABLE wide (one int, two int);"
+        "CREATE MATERIALIZED VIEW sums AS SELECT sum(cents) FROM orders; CREATE TABLE of_extension (x int); CREATE TABLE asked_for (x int);"
+        "ALTER EXTENSION plpgsql ADD TABLE of_extension; ALTER EXTENSION plpgsql ADD TABLE asked_for;"
+        "UPDATE pg_extension SET extconfig = ARRAY['asked_for'::regclass::oid], extcondition = ARRAY['']"
+    )
+    said: dict[str, list[str]] = {}
+
+    with proofs.connect(name) as holding:
+        restore.export_snapshot(holding)
+        known: set[str] = set()
+        for change in MOVES:
+            with proofs.server.session(name) as session:
+                for statement in change.split("; "):
+                    session.execute(statement)
+                # As the note of a dump keeps it, and in the session of the snapshot, which sees what it always saw.
+                found = moved(json.loads(json.dumps(table_files(holding))), table_files(session))
+            said[change] = [words for words in found if words not in known]
+            known |= set(found)
+        rows = holding.execute("SELECT count(*) FROM public.orders").fetchone()
+
+    assert rows == (0,), "the snapshot does hold the rows of a truncated table: this guard is of no use any more"
+    assert {change: (words[0] if words else None) for change, words in said.items()} == MOVES
 
 
 def test_what_lives_on_while_it_is_dumped_is_proved(proofs: Proofs) -> None:
