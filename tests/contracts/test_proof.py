@@ -266,6 +266,59 @@ def test_whatever_a_database_holds_is_proved_or_named(proofs: Proofs) -> None:
     assert one.inventory["server_version"]
 
 
+def _tablespace_files(session: psycopg.Connection[Any]) -> set[str]:
+    """What lies in the tablespace `fast`."""
+    (where,) = session.execute("SELECT 'pg_tblspc/' || oid FROM pg_tablespace WHERE spcname = 'fast'").fetchone() or (
+        "",
+    )
+    folders = [row[0] for row in session.execute("SELECT pg_ls_dir(%s)", (where,)).fetchall()]
+    return {
+        row[0]
+        for folder in folders
+        for row in session.execute(
+            "SELECT d || '/' || pg_ls_dir(%(d)s) FROM (SELECT %(d)s AS d) AS t", {"d": f"{where}/{folder}"}
+        )
+    }
+
+
+def test_a_proof_fills_no_tablespace_and_needs_none(proofs: Proofs) -> None:
+    with proofs.server.session() as session:
+        if session.info.server_version < 150000:
+            pytest.skip("a tablespace within the server's own folder takes PostgreSQL 15")
+        session.execute("SET allow_in_place_tablespaces = on")
+        session.execute("CREATE TABLESPACE fast LOCATION ''")
+        name = proofs.make(
+            "CREATE TABLE quick (id int PRIMARY KEY USING INDEX TABLESPACE fast, t text) TABLESPACE fast"
+        )
+        proofs.run(
+            name,
+            "INSERT INTO quick SELECT n, n FROM generate_series(1, 100) n; CREATE INDEX ON quick (t) TABLESPACE fast",
+        )
+        one = proofs.dump(name, ZSTD)
+        manifest = one.manifest(sha256_file(one.path))
+        seen: list[set[str]] = []
+
+        @contextmanager
+        def tell(
+            what: str, done: Callable[[], int], *, total: int | None = None, unit: str = "bytes"
+        ) -> Iterator[None]:
+            yield
+            if what == "restore":
+                seen.append(_tablespace_files(session))
+
+        session.execute(f"ALTER ROLE {twin_postgres.ADMIN} SET default_tablespace = 'fast'")
+        try:
+            before = _tablespace_files(session)
+            assert proofs.prove(one.path, manifest, name, told=tell)["why"] == []
+        finally:
+            session.execute(f"ALTER ROLE {twin_postgres.ADMIN} RESET default_tablespace")
+        assert seen == [before], "a restored database would have a folder of its own there"
+
+        proofs.run(name, "DROP TABLE quick")
+        session.execute("DROP TABLESPACE fast")
+        assert proofs.why_not(one.path, manifest, name) == []
+
+
 def test_a_proof_tells_how_far_it_is_and_how_far_it_has_to_go(proofs: Proofs) -> None:
     name, told = proofs.make(SHOP), {}
 

@@ -1370,6 +1370,20 @@ _BACKUPS = (
         ("tests/phases/test_prepare.py::test_a_server_whose_volume_nobody_knows_is_refused_with_its_table",),
     ),
     Guard(
+        "a proof restores into none of the dump's tablespaces, whose room nobody measured",
+        "runbook_lib/commands/postgres.py",
+        '        "--no-tablespaces",\n',
+        "",
+        (f"{_T_PROOF}a_proof_fills_no_tablespace_and_needs_none",),
+    ),
+    Guard(
+        "a proof restores into no tablespace of the role's own settings",
+        "runbook_lib/commands/postgres.py",
+        '"default_tablespace=", ',
+        "",
+        (f"{_T_PROOF}a_proof_fills_no_tablespace_and_needs_none",),
+    ),
+    Guard(
         "a proof by command is not begun without room",
         "runbook_lib/room.py",
         'raise UsageError(f"the proof is not begun: {lack}", remedy=one.remedy)',
