@@ -145,10 +145,10 @@ class Proofs:
         self.shell = LocalShell(lambda: folder / "logs", Secrets())
         self._made: list[str] = []
 
-    def make(self, script: str) -> str:
+    def make(self, script: str, options: str = "") -> str:
         name = f"proof_{os.getpid()}_{self.folder.name.replace('-', '_')}_{len(self._made)}"[-60:]
         with self.server.session() as session:
-            session.execute(f'CREATE DATABASE "{name}"')
+            session.execute(f'CREATE DATABASE "{name}" {options}')
         self._made.append(name)
         self.run(name, script)
         return name
@@ -279,6 +279,22 @@ def _tablespace_files(session: psycopg.Connection[Any]) -> set[str]:
             "SELECT d || '/' || pg_ls_dir(%(d)s) FROM (SELECT %(d)s AS d) AS t", {"d": f"{where}/{folder}"}
         )
     }
+
+
+def test_what_depends_on_the_order_of_texts_is_restored_under_the_same_order(proofs: Proofs) -> None:
+    with proofs.server.session() as session:
+        if session.info.server_version < 150000:
+            pytest.skip("a database's locale is of ICU since PostgreSQL 15")
+    name = proofs.make(
+        "CREATE TABLE ranges (low text, high text, CHECK (low < high)); INSERT INTO ranges VALUES ('apple', 'Banana');"
+        "CREATE TABLE people (name text) PARTITION BY RANGE (name);"
+        "CREATE TABLE first_half PARTITION OF people FOR VALUES FROM ('a') TO ('n');"
+        "INSERT INTO people VALUES ('Berta')",
+        "TEMPLATE template0 LOCALE_PROVIDER icu ICU_LOCALE 'en-US-u-kf-upper'",
+    )
+    one = proofs.dump(name, ZSTD)
+
+    assert proofs.why_not(one.path, one.manifest(sha256_file(one.path)), name) == []
 
 
 def test_a_proof_fills_no_tablespace_and_needs_none(proofs: Proofs) -> None:
