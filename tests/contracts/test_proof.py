@@ -398,6 +398,20 @@ def test_an_empty_database_is_proved_too(proofs: Proofs) -> None:
     assert read_before["sequences"] == {}
 
 
+def test_tables_whose_names_an_inventory_cannot_tell_apart_are_refused(proofs: Proofs) -> None:
+    """One of two would not be in it at all, and its loss would not be seen."""
+    name = proofs.make(
+        'CREATE SCHEMA "a.b"; CREATE SCHEMA a; CREATE TABLE "a.b".c (x int); CREATE TABLE a."b.c" (x int)'
+    )
+    said = r'"a"\."b\.c" and "a\.b"\."c" cannot be told apart in an inventory'
+    with pytest.raises(UsageError, match=said):
+        inventory.take(lambda: proofs.connect(name))
+
+    proofs.run(name, 'DROP TABLE a."b.c"; DROP TABLE "a.b".c; CREATE SEQUENCE a."b.c"; CREATE SEQUENCE "a.b".c')
+    with pytest.raises(UsageError, match=said):
+        inventory.sequences(lambda: proofs.connect(name))
+
+
 def test_what_is_written_during_the_dump_is_in_neither(proofs: Proofs) -> None:
     name = proofs.make(SHOP)
     one = proofs.dump(name, ZSTD, between=lambda: proofs.run(name, "DELETE FROM orders WHERE id % 2 = 0"))
@@ -444,7 +458,7 @@ def test_what_a_snapshot_does_not_protect_is_named(proofs: Proofs) -> None:
     said: dict[str, list[str]] = {}
 
     with proofs.connect(name) as holding:
-        restore.export_snapshot(holding)
+        snapshot = restore.export_snapshot(holding)
         known: set[str] = set()
         for change in MOVES:
             with proofs.server.session(name) as session:
@@ -455,6 +469,8 @@ def test_what_a_snapshot_does_not_protect_is_named(proofs: Proofs) -> None:
             said[change] = [words for words in found if words not in known]
             known |= set(found)
         rows = holding.execute("SELECT count(*) FROM public.orders").fetchone()
+        with pytest.raises(psycopg.errors.UndefinedTable):
+            inventory.take(lambda: proofs.connect(name), snapshot=snapshot.name)
 
     assert rows == (0,), "the snapshot does hold the rows of a truncated table: this guard is of no use any more"
     assert {change: (words[0] if words else None) for change, words in said.items()} == MOVES

@@ -1342,6 +1342,13 @@ _BACKUPS = (
         (f"{_T_PROOF}what_a_snapshot_does_not_protect_is_named",),
     ),
     Guard(
+        "no table takes another's place in an inventory",
+        "runbook_lib/adapters/inventory.py",
+        "if other is not row:",
+        "if False:",
+        (f"{_T_PROOF}tables_whose_names_an_inventory_cannot_tell_apart_are_refused",),
+    ),
+    Guard(
         "a dump that changed since is not restored",
         _BACKUP,
         "if not dump.is_file() or progress.sha256(dump, tell) != was_dumped:",
