@@ -1,9 +1,9 @@
 """What a database holds, table by table: row counts and content digests, to compare a restore with its source.
 
-The digest of a table is two sums of differently seeded hashes of each row's 64-bit hash. It needs one pass, no sort and
-no memory, does not depend on the order of rows, and tells any damage; it is no defence against a forger, who has no
-access here. The server's own hashes are the same in all its versions, as partitioning by hash relies on. It has that of
-a whole row since version 14, which takes half the time of writing the row as text.
+The digest of a table is two sums of differently seeded hashes of each row's hash, which the server folds to 32 bits. It needs
+one pass, no sort and no memory, does not depend on the order of rows, and misses one in four thousand million rows that
+differ; it is no defence against a forger, who has no access here. The server's own hashes are the same in all its versions, as
+partitioning by hash relies on. It has that of a whole row since version 14, which takes half the time of writing the row as text.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ _COUNT = (
     "SELECT count(*), coalesce(sum(hashint8extended(h, 0)), 0)::text, coalesce(sum(hashint8extended(h, 1)), 0)::text"
     " FROM (SELECT hash_record_extended(ROW({columns}), 0) AS h FROM ONLY {table} AS runbook_row OFFSET 0) AS hashes"
 )
-# Of these types no two values that are written differently have the same hash; of numeric 1.0 and 1.00 have, and of a
-# type of the database's own nobody knows. A text's hash is that of its bytes when its collation is C.
+# Of these types values that count as equal are written alike; of numeric 1.0 and 1.00 are not, and of a type of the database's
+# own nobody knows. A text's hash is that of its bytes when its collation is C; 64 bits are folded to 32 before they are hashed.
 _TEXTS, _EXACT = (
     ("text", "varchar"),
     ("bool", "bytea", "int2", "int4", "int8", "uuid", "date", "timestamp", "timestamptz"),
