@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import psycopg
 from runbook_lib import backup_files as on_disk
 from runbook_lib import progress
 from runbook_lib.adapters import inventory
+from runbook_lib.adapters.table_files import TableFiles, moved, table_files
 from runbook_lib.canonical import canonical_json, write_atomically
 from runbook_lib.commands import postgres
 from runbook_lib.errors import StepFailedError
@@ -20,10 +22,15 @@ from runbook_lib.model import Command, StepResult
 from runbook_lib.run import Run
 from runbook_lib.step import current_attempt
 
+_MOST_NAMED = 5
 
-def sequences(run: Run, snapshot: str) -> dict[str, Any]:
-    """Where the sequences stand before the dump begins: it must not be behind them."""
-    return inventory.sequences(partial(_session, run), snapshot)
+
+def sequences(run: Run) -> dict[str, Any]:
+    """Where the sequences stand before the snapshot: it must not be behind them.
+
+    Behind the snapshot it would be time that passes before the dump has its locks.
+    """
+    return inventory.sequences(partial(_session, run))
 
 
 def _session(run: Run) -> psycopg.Connection[Any]:
@@ -42,6 +49,48 @@ def take_inventory(run: Run, snapshot: str, standing: Mapping[str, Any], dumping
 
     return inventory.take(
         partial(_session, run), snapshot=snapshot, standing=standing, jobs=run.params.backup.jobs, keep_on=keep_on
+    )
+
+
+@contextlib.contextmanager
+def unmoved(run: Run, tables: TableFiles) -> Iterator[None]:
+    """Dump in here, and end pg_dump: afterwards the tables must be those that the snapshot saw.
+
+    Args:
+        tables: from `table_files`, in the session that exported the snapshot.
+
+    Raises:
+        StepFailedError: one was truncated, rewritten, renamed or dropped: by the snapshot its rows cannot be read, and pg_dump
+            takes it for empty without a word.
+    """
+    try:
+        yield
+    except (psycopg.ProgrammingError, StepFailedError) as error:
+        # What pg_dump or the inventory could not find may be what was dropped meanwhile.
+        try:
+            names = now_moved(run, tables)
+        except StepFailedError:
+            raise error from None
+        if names:
+            raise _moved(run, names) from error
+        raise
+    names = now_moved(run, tables)
+    if names:
+        raise _moved(run, names)
+
+
+def now_moved(run: Run, tables: TableFiles) -> list[str]:
+    """The tables of the snapshot that are not what they were, in words."""
+    with contextlib.closing(_session(run)) as connection:
+        inventory.prepare(connection)
+        return moved(tables, table_files(connection))
+
+
+def _moved(run: Run, names: list[str]) -> StepFailedError:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return StepFailedError(
+        f"while the database was dumped {', '.join(names[:_MOST_NAMED])}{more}: its snapshot does not protect from that",
+        remedy=f"runbook resume {run.run_id} dumps again; when it stays, stop the job that does it until the dump is there",
     )
 
 

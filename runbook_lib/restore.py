@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg import IsolationLevel, sql
@@ -66,11 +66,11 @@ class ScratchDatabase:
         return True
 
     def create(self) -> None:
-        """Make it empty, with production's encoding, closed to everybody but its owner: it will hold real data."""
+        """Make it empty, with production's encoding and locale, closed to everybody but its owner: it will hold real data."""
         self.drop()
         with self._admin() as connection:
             row = connection.execute(
-                "SELECT pg_encoding_to_char(encoding), datcollate, datctype FROM pg_database WHERE datname = %s",
+                "SELECT pg_encoding_to_char(encoding), to_jsonb(d) FROM pg_database d WHERE datname = %s",
                 (self.params.production,),
             ).fetchone()
             if row is None:
@@ -78,11 +78,10 @@ class ScratchDatabase:
                     f"there is no database {self.params.production}", remedy="mend database.production"
                 )
             name = sql.Identifier(self.name)
-            connection.execute(
-                sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING {} LC_COLLATE {} LC_CTYPE {}").format(
-                    name, *(sql.Literal(value) for value in row)
-                )
+            options = sql.SQL(" ").join(
+                sql.SQL("{} {}").format(sql.SQL(option), sql.Literal(value)) for option, value in locale_options(*row)
             )
+            connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0 {}").format(name, options))
             connection.execute(sql.SQL("COMMENT ON DATABASE {} IS {}").format(name, sql.Literal(self.mark)))
             connection.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(name))
 
@@ -135,6 +134,40 @@ class ScratchDatabase:
         connection.execute("SET lock_timeout = '60s'")
         connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", (self.name,))
         return connection
+
+
+_PROVIDERS = {"c": "libc", "i": "icu", "b": "builtin"}
+
+
+def locale_options(encoding: str, row: Mapping[str, Any]) -> list[tuple[LiteralString, str]]:
+    """What CREATE DATABASE takes to order and compare texts as another database does: partitions and checks depend on it.
+
+    Args:
+        row: that database's in `pg_database`, whose columns differ by the server's version.
+
+    Raises:
+        StepFailedError: the provider of its locale is none that this version knows.
+    """
+    options: list[tuple[LiteralString, str]] = [
+        ("ENCODING", encoding),
+        ("LC_COLLATE", row["datcollate"]),
+        ("LC_CTYPE", row["datctype"]),
+    ]
+    if "datlocprovider" not in row:  # before version 15
+        return options
+    provider = _PROVIDERS.get(row["datlocprovider"])
+    if provider is None:
+        raise StepFailedError(
+            f"database {row['datname']} has the locale provider {row['datlocprovider']!r}, which is not known here",
+            remedy="use a version of runbook that knows this server's",
+        )
+    options.append(("LOCALE_PROVIDER", provider))
+    locale = row.get("datlocale") or row.get("daticulocale")  # since version 17, before
+    if provider != "libc":
+        options.append(("ICU_LOCALE" if provider == "icu" else "BUILTIN_LOCALE", str(locale)))
+    if row.get("daticurules"):
+        options.append(("ICU_RULES", row["daticurules"]))
+    return options
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any
 from runbook_lib import backup_files as on_disk
 from runbook_lib import dumps, off_site, progress, restore
 from runbook_lib.adapters import archives, file_lists, inventory
+from runbook_lib.adapters.table_files import table_files
 from runbook_lib.canonical import sha256, writing_atomically
 from runbook_lib.clock import utc_now
 from runbook_lib.commands import archive_files as files
@@ -228,14 +229,17 @@ def dump_database(run: Run) -> StepResult:
             params.backup_role, params.production, application=f"{run.session_name}: snapshot"
         ) as connection:
             dumps.refuse_older_tool(run, connection.info.server_version)
+            standing = dumps.sequences(run)
             snapshot = restore.export_snapshot(connection)
             known: dict[str, Any] = {"taken_at": utc_now(), "lsn": snapshot.lsn, "packed_by": packing.words}
-            command, standing = dumps.command(run, snapshot.name, packing, part), dumps.sequences(run, snapshot.name)
+            known["tables"] = table_files(connection)
+            command = dumps.command(run, snapshot.name, packing, part)
             with (
                 off_site.ahead(run, part, final) as ahead,
                 progress.told(
                     run.scratch, "dump", lambda: on_disk.written_bytes(part), total=on_disk.foretold(run, "", "bytes")
                 ),
+                dumps.unmoved(run, known["tables"]),
                 ThreadPoolExecutor(1) as pool,
             ):
                 dumping = pool.submit(copy_context().run, run.services.shell.run, command, name="pg_dump")
@@ -262,7 +266,8 @@ def _(run: Run, intent: Mapping[str, Any]) -> StepResult | None:
     final = next((path for path in paths if on_disk.part_of(path).exists()), None)
     if final is not None and status.exists() and status.read_text().strip() == "0" and note.exists():
         known = json.loads(note.read_bytes())
-        if known["attempt"] == intent["attempt"]:
+        # Without the tables' files it is of an older version of this program, and nobody knows whether they are the same.
+        if known["attempt"] == intent["attempt"] and "tables" in known and not dumps.now_moved(run, known["tables"]):
             return dumps.adopt(run, on_disk.part_of(final), final, known, 0.0)
     on_disk.fresh_parts(paths)
     return None

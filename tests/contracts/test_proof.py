@@ -19,6 +19,7 @@ from runbook_lib.adapters import inventory
 from runbook_lib.adapters.database import Database
 from runbook_lib.adapters.secrets import Secrets
 from runbook_lib.adapters.shell import LocalShell
+from runbook_lib.adapters.table_files import moved, table_files
 from runbook_lib.canonical import sha256_file
 from runbook_lib.commands import postgres
 from runbook_lib.errors import StepFailedError, UsageError
@@ -144,10 +145,10 @@ class Proofs:
         self.shell = LocalShell(lambda: folder / "logs", Secrets())
         self._made: list[str] = []
 
-    def make(self, script: str) -> str:
+    def make(self, script: str, options: str = "") -> str:
         name = f"proof_{os.getpid()}_{self.folder.name.replace('-', '_')}_{len(self._made)}"[-60:]
         with self.server.session() as session:
-            session.execute(f'CREATE DATABASE "{name}"')
+            session.execute(f'CREATE DATABASE "{name}" {options}')
         self._made.append(name)
         self.run(name, script)
         return name
@@ -265,6 +266,75 @@ def test_whatever_a_database_holds_is_proved_or_named(proofs: Proofs) -> None:
     assert one.inventory["server_version"]
 
 
+def _tablespace_files(session: psycopg.Connection[Any]) -> set[str]:
+    """What lies in the tablespace `fast`."""
+    (where,) = session.execute("SELECT 'pg_tblspc/' || oid FROM pg_tablespace WHERE spcname = 'fast'").fetchone() or (
+        "",
+    )
+    folders = [row[0] for row in session.execute("SELECT pg_ls_dir(%s)", (where,)).fetchall()]
+    return {
+        row[0]
+        for folder in folders
+        for row in session.execute(
+            "SELECT d || '/' || pg_ls_dir(%(d)s) FROM (SELECT %(d)s AS d) AS t", {"d": f"{where}/{folder}"}
+        )
+    }
+
+
+def test_what_depends_on_the_order_of_texts_is_restored_under_the_same_order(proofs: Proofs) -> None:
+    with proofs.server.session() as session:
+        if session.info.server_version < 150000:
+            pytest.skip("a database's locale is of ICU since PostgreSQL 15")
+    name = proofs.make(
+        "CREATE TABLE ranges (low text, high text, CHECK (low < high)); INSERT INTO ranges VALUES ('apple', 'Banana');"
+        "CREATE TABLE people (name text) PARTITION BY RANGE (name);"
+        "CREATE TABLE first_half PARTITION OF people FOR VALUES FROM ('a') TO ('n');"
+        "INSERT INTO people VALUES ('Berta')",
+        "TEMPLATE template0 LOCALE_PROVIDER icu ICU_LOCALE 'en-US-u-kf-upper'",
+    )
+    one = proofs.dump(name, ZSTD)
+
+    assert proofs.why_not(one.path, one.manifest(sha256_file(one.path)), name) == []
+
+
+def test_a_proof_fills_no_tablespace_and_needs_none(proofs: Proofs) -> None:
+    with proofs.server.session() as session:
+        if session.info.server_version < 150000:
+            pytest.skip("a tablespace within the server's own folder takes PostgreSQL 15")
+        session.execute("SET allow_in_place_tablespaces = on")
+        session.execute("CREATE TABLESPACE fast LOCATION ''")
+        name = proofs.make(
+            "CREATE TABLE quick (id int PRIMARY KEY USING INDEX TABLESPACE fast, t text) TABLESPACE fast"
+        )
+        proofs.run(
+            name,
+            "INSERT INTO quick SELECT n, n FROM generate_series(1, 100) n; CREATE INDEX ON quick (t) TABLESPACE fast",
+        )
+        one = proofs.dump(name, ZSTD)
+        manifest = one.manifest(sha256_file(one.path))
+        seen: list[set[str]] = []
+
+        @contextmanager
+        def tell(
+            what: str, done: Callable[[], int], *, total: int | None = None, unit: str = "bytes"
+        ) -> Iterator[None]:
+            yield
+            if what == "restore":
+                seen.append(_tablespace_files(session))
+
+        session.execute(f"ALTER ROLE {twin_postgres.ADMIN} SET default_tablespace = 'fast'")
+        try:
+            before = _tablespace_files(session)
+            assert proofs.prove(one.path, manifest, name, told=tell)["why"] == []
+        finally:
+            session.execute(f"ALTER ROLE {twin_postgres.ADMIN} RESET default_tablespace")
+        assert seen == [before], "a restored database would have a folder of its own there"
+
+        proofs.run(name, "DROP TABLE quick")
+        session.execute("DROP TABLESPACE fast")
+        assert proofs.why_not(one.path, manifest, name) == []
+
+
 def test_a_proof_tells_how_far_it_is_and_how_far_it_has_to_go(proofs: Proofs) -> None:
     name, told = proofs.make(SHOP), {}
 
@@ -323,6 +393,23 @@ def test_an_empty_database_is_proved_too(proofs: Proofs) -> None:
 
     assert proofs.why_not(one.path, one.manifest(sha256_file(one.path)), name) == []
     assert one.inventory["tables"] == {}
+    # As it was read before the snapshot, which sees that it is gone.
+    read_before = inventory.take(lambda: proofs.connect(name), standing={"public.dropped": {"last_value": "1"}})
+    assert read_before["sequences"] == {}
+
+
+def test_tables_whose_names_an_inventory_cannot_tell_apart_are_refused(proofs: Proofs) -> None:
+    """One of two would not be in it at all, and its loss would not be seen."""
+    name = proofs.make(
+        'CREATE SCHEMA "a.b"; CREATE SCHEMA a; CREATE TABLE "a.b".c (x int); CREATE TABLE a."b.c" (x int)'
+    )
+    said = r'"a"\."b\.c" and "a\.b"\."c" cannot be told apart in an inventory'
+    with pytest.raises(UsageError, match=said):
+        inventory.take(lambda: proofs.connect(name))
+
+    proofs.run(name, 'DROP TABLE a."b.c"; DROP TABLE "a.b".c; CREATE SEQUENCE a."b.c"; CREATE SEQUENCE "a.b".c')
+    with pytest.raises(UsageError, match=said):
+        inventory.sequences(lambda: proofs.connect(name))
 
 
 def test_what_is_written_during_the_dump_is_in_neither(proofs: Proofs) -> None:
@@ -331,6 +418,62 @@ def test_what_is_written_during_the_dump_is_in_neither(proofs: Proofs) -> None:
 
     assert proofs.why_not(one.path, one.manifest(sha256_file(one.path)), name) == []
     assert one.inventory["tables"]["public.orders"]["rows"] == 2000
+
+
+_RELOADED = "BEGIN; TRUNCATE {0}; INSERT INTO {0} SELECT * FROM spare; COMMIT"
+# What happens while a snapshot is held, in this order, and what is then said of the snapshot's tables, above what was said before.
+MOVES = {
+    "UPDATE orders SET cents = cents + 1; DELETE FROM orders WHERE id = 1": None,
+    "ALTER TABLE orders ADD COLUMN paid bool DEFAULT true; CREATE INDEX ON orders (cents)": None,
+    "VACUUM ANALYZE orders": None,
+    "REFRESH MATERIALIZED VIEW sums; CREATE TABLE later AS SELECT 1 AS one": None,
+    "TRUNCATE of_extension": None,
+    "TRUNCATE asked_for": "public.asked_for was truncated or rewritten",
+    "ALTER SEQUENCE orders_id_seq RESTART; CREATE TEMP TABLE mine (x int); TRUNCATE mine": None,
+    _RELOADED.format("orders"): "public.orders was truncated or rewritten",
+    "ALTER TABLE notes ALTER size TYPE bigint": "public.notes was truncated or rewritten",
+    "ALTER TABLE tokens ADD COLUMN token uuid DEFAULT gen_random_uuid()": "public.tokens was truncated or rewritten",
+    "ALTER TABLE logged SET UNLOGGED": "public.logged was truncated or rewritten",
+    "TRUNCATE quick": "public.quick was truncated or rewritten",
+    "TRUNCATE events": 'public."Events of 2026" was truncated or rewritten',
+    "DROP TABLE gone": "public.gone was dropped or renamed",
+    "ALTER SCHEMA old RENAME TO older": "old.there was dropped or renamed",
+    "BEGIN; DROP TABLE made; CREATE TABLE made AS SELECT 1 AS x; COMMIT": "public.made is another table now",
+    "ALTER TABLE a RENAME TO c; ALTER TABLE b RENAME TO a; ALTER TABLE c RENAME TO b": "public.a is another table now",
+    "ALTER TABLE wide DROP one; ALTER TABLE wide ADD one int DEFAULT 0": "columns of public.wide were dropped or renamed",
+}
+
+
+def test_what_a_snapshot_does_not_protect_is_named(proofs: Proofs) -> None:
+    name = proofs.make(
+        "CREATE TABLE orders (id serial, cents int); INSERT INTO orders (cents) VALUES (1), (2); CREATE TABLE spare AS TABLE orders;"
+        "CREATE TABLE notes (size int); CREATE TABLE tokens (x int); CREATE TABLE logged (x int); CREATE UNLOGGED TABLE quick (x int);"
+        'CREATE TABLE events (d date) PARTITION BY RANGE (d); CREATE TABLE "Events of 2026" PARTITION OF events DEFAULT;'
+        "CREATE TABLE gone (x int); CREATE SCHEMA old; CREATE TABLE old.there (x int); CREATE TABLE made (x int);"
+        "CREATE TABLE a (x int); CREATE TABLE b (x int); CREATE TABLE wide (one int, two int);"
+        "CREATE MATERIALIZED VIEW sums AS SELECT sum(cents) FROM orders; CREATE TABLE of_extension (x int); CREATE TABLE asked_for (x int);"
+        "ALTER EXTENSION plpgsql ADD TABLE of_extension; ALTER EXTENSION plpgsql ADD TABLE asked_for;"
+        "UPDATE pg_extension SET extconfig = ARRAY['asked_for'::regclass::oid], extcondition = ARRAY['']"
+    )
+    said: dict[str, list[str]] = {}
+
+    with proofs.connect(name) as holding:
+        snapshot = restore.export_snapshot(holding)
+        known: set[str] = set()
+        for change in MOVES:
+            with proofs.server.session(name) as session:
+                for statement in change.split("; "):
+                    session.execute(statement)
+                # As the note of a dump keeps it, and in the session of the snapshot, which sees what it always saw.
+                found = moved(json.loads(json.dumps(table_files(holding))), table_files(session))
+            said[change] = [words for words in found if words not in known]
+            known |= set(found)
+        rows = holding.execute("SELECT count(*) FROM public.orders").fetchone()
+        with pytest.raises(psycopg.errors.UndefinedTable):
+            inventory.take(lambda: proofs.connect(name), snapshot=snapshot.name)
+
+    assert rows == (0,), "the snapshot does hold the rows of a truncated table: this guard is of no use any more"
+    assert {change: (words[0] if words else None) for change, words in said.items()} == MOVES
 
 
 def test_what_lives_on_while_it_is_dumped_is_proved(proofs: Proofs) -> None:

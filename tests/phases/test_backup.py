@@ -422,6 +422,55 @@ def test_a_failing_pg_dump_leaves_nothing(opened: Open, slow_tools: Tools) -> No
     assert list(Path(one.run.params.backup.directory).iterdir()) == []
 
 
+@pytest.fixture
+def reloaded(twin: dict[str, Any]) -> Iterator[str]:  # noqa: F811
+    """A table of production that a job empties and fills again; the statement that does so."""
+    with _admin(twin, "prod_db") as session:
+        session.execute("CREATE TABLE reloaded AS SELECT * FROM generate_series(1, 100) n")
+        yield "BEGIN; TRUNCATE reloaded; INSERT INTO reloaded SELECT * FROM generate_series(1, 100); COMMIT"
+        session.execute("DROP TABLE reloaded")
+
+
+def test_a_table_that_was_reloaded_while_it_was_dumped_is_named_and_dumped_again(
+    opened: Open,
+    twin: dict[str, Any],
+    reloaded: str,
+    slow_tools: Tools,  # noqa: F811
+) -> None:
+    """pg_dump and the inventory see no row of it and agree: no comparison could tell."""
+    known = twin["database"]
+    admin = f"host={known['host']} port={known['port']} user=postgres dbname=prod_db passfile={known['passfile']}"
+    once = f"[ -e $0.done ] || psql -q -d '{admin}' -c '{reloaded}'; touch $0.done"
+    tools = slow_tools("pg_dump", f'case "$*" in *--snapshot*) {once};; esac; real "$@"')
+    one = opened(database__bin=str(tools))
+
+    with _path(tools), pytest.raises(StepFailedError, match=r"public\.reloaded was truncated or rewritten") as failed:
+        backup.dump_database(one.run)
+
+    assert failed.value.remedy.startswith(f"runbook resume {one.run.run_id} dumps again")
+    assert list(Path(one.run.params.backup.directory).iterdir()) == []
+    with _path(tools):
+        backup.dump_database(one.run)
+    assert off_site.inventory_of(one.run)["tables"]["public.reloaded"]["rows"] == 100
+
+
+def test_a_table_that_is_dropped_while_it_is_dumped_is_named(
+    opened: Open,
+    twin: dict[str, Any],
+    slow_tools: Tools,  # noqa: F811
+) -> None:
+    known = twin["database"]
+    admin = f"host={known['host']} port={known['port']} user=postgres dbname=prod_db passfile={known['passfile']}"
+    with _admin(twin, "prod_db") as session:
+        session.execute("CREATE TABLE short_lived (n int)")
+    drop = f"psql -q -d '{admin}' -c 'DROP TABLE short_lived'"
+    tools = slow_tools("pg_dump", f'case "$*" in *--snapshot*) {drop};; esac; real "$@"')
+    one = opened(database__bin=str(tools))
+
+    with _path(tools), pytest.raises(StepFailedError, match=r"public\.short_lived was dropped or renamed"):
+        backup.dump_database(one.run)
+
+
 def test_someone_elses_file_under_the_name_is_left_alone(opened: Open) -> None:  # noqa: F811
     one = opened()
     backup_files.dump_path(one.run).write_text("precious")
@@ -483,6 +532,27 @@ def test_killed_while_dumping_the_dump_that_went_on_is_taken(opened: Open, slow_
     backup.archive_files(one.run)
     assert backup.validate_backup(one.run).facts["differences"] == []
     assert result.facts["rows"] > 5000
+
+
+def test_killed_while_dumping_a_dump_whose_tables_changed_since_is_not_taken(
+    opened: Open,
+    twin: dict[str, Any],
+    reloaded: str,
+    slow_tools: Tools,  # noqa: F811
+) -> None:
+    line = 'real "$@"; status=$?; case "$*" in *--snapshot*) sleep 1;; esac; exit $status'
+    tools = slow_tools("pg_dump", line)
+    one = opened(database__bin=str(tools))
+    note = backup_files.scratch(one.run) / "dump-inventory.json"
+    one.kill_when("backup.dump_database", note.exists)
+    with _admin(twin, "prod_db") as session:
+        session.execute(reloaded)
+
+    with _path(tools):
+        backup.dump_database(one.run)
+
+    assert len(_dumps(tools)) == 2
+    assert off_site.inventory_of(one.run)["tables"]["public.reloaded"]["rows"] == 100
 
 
 def test_killed_with_its_pg_dump_it_dumps_again(opened: Open, slow_tools: Tools) -> None:  # noqa: F811

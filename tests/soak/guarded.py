@@ -37,8 +37,8 @@ _SIGNATURES, _CANONICAL, _BACKUP = (
 )
 _CLOCK, _DUMPS, _OFF_SITE = (f"runbook_lib/{name}.py" for name in ("clock", "dumps", "off_site"))
 _RESTORE, _FILES, _MIRROR = "runbook_lib/restore.py", "runbook_lib/backup_files.py", "runbook_lib/mirror.py"
-_OBJECTS, _UPLOADS, _SHELL, _PROCESSES = (
-    f"runbook_lib/adapters/{name}.py" for name in ("objects", "uploads", "shell", "processes")
+_OBJECTS, _UPLOADS, _SHELL, _PROCESSES, _TABLE_FILES = (
+    f"runbook_lib/adapters/{name}.py" for name in ("objects", "uploads", "shell", "processes", "table_files")
 )
 _EXECUTOR, _FSCK, _TESTIMONY, _MIGRATION, _MIGRATE = (
     f"runbook_lib/{name}.py" for name in ("executor", "fsck", "testimony", "migration", "phases/migrate")
@@ -55,8 +55,8 @@ _T_SIGNATURES, _T_HOST_FENCE = (f"tests/unit/test_{name}.py::test_" for name in 
 _T_FSCK, _T_TESTIMONY, _T_MACHINES = (
     f"tests/unit/test_{name}.py::test_" for name in ("fsck", "testimony", "two_machines")
 )
-_T_OBJECTS, _T_UPLOADS, _T_MIRROR = (
-    f"tests/contracts/test_{name}.py::test_" for name in ("objects", "uploads", "mirror")
+_T_OBJECTS, _T_UPLOADS, _T_MIRROR, _T_PROOF = (
+    f"tests/contracts/test_{name}.py::test_" for name in ("objects", "uploads", "mirror", "proof")
 )
 _T_BACKUP, _T_FENCE, _T_OPENING, _T_HALF_DONE, _T_MIGRATE = (
     f"tests/phases/test_{name}.py::test_" for name in ("backup", "fence", "opening", "half_done", "migrate")
@@ -1368,6 +1368,48 @@ _BACKUPS = (
         (f"{_T_BACKUP}a_damaged_dump_does_not_pass[row]",),
     ),
     Guard(
+        "a dump stands only when its tables are still those that the snapshot saw",
+        _DUMPS,
+        "    names = now_moved(run, tables)\n    if names:",
+        "    names = now_moved(run, tables)\n    if False:",
+        (f"{_T_BACKUP}a_table_that_was_reloaded_while_it_was_dumped_is_named_and_dumped_again",),
+    ),
+    Guard(
+        "a dump that went on by itself is taken only when its tables are still those that the snapshot saw",
+        _BACKUP,
+        ' and not dumps.now_moved(run, known["tables"])',
+        "",
+        (f"{_T_BACKUP}killed_while_dumping_a_dump_whose_tables_changed_since_is_not_taken",),
+    ),
+    Guard(
+        "a table that was truncated or rewritten is not what a snapshot saw",
+        _TABLE_FILES,
+        "elif there[1] != file:",
+        "elif False:",
+        (f"{_T_PROOF}what_a_snapshot_does_not_protect_is_named",),
+    ),
+    Guard(
+        "another table under the same name is not what a snapshot saw",
+        _TABLE_FILES,
+        "elif there[0] != oid:",
+        "elif False:",
+        (f"{_T_PROOF}what_a_snapshot_does_not_protect_is_named",),
+    ),
+    Guard(
+        "another column under the same name is not what a snapshot saw",
+        _TABLE_FILES,
+        "elif there[2][: len(columns)] != columns:",
+        "elif False:",
+        (f"{_T_PROOF}what_a_snapshot_does_not_protect_is_named",),
+    ),
+    Guard(
+        "no table takes another's place in an inventory",
+        "runbook_lib/adapters/inventory.py",
+        "if other is not row:",
+        "if False:",
+        (f"{_T_PROOF}tables_whose_names_an_inventory_cannot_tell_apart_are_refused",),
+    ),
+    Guard(
         "a dump that changed since is not restored",
         _BACKUP,
         "if not dump.is_file() or progress.sha256(dump, tell) != was_dumped:",
@@ -1394,6 +1436,20 @@ _BACKUPS = (
         "        if not self.total_bytes:",
         "        if False:",
         ("tests/phases/test_prepare.py::test_a_server_whose_volume_nobody_knows_is_refused_with_its_table",),
+    ),
+    Guard(
+        "a proof restores into none of the dump's tablespaces, whose room nobody measured",
+        "runbook_lib/commands/postgres.py",
+        '        "--no-tablespaces",\n',
+        "",
+        (f"{_T_PROOF}a_proof_fills_no_tablespace_and_needs_none",),
+    ),
+    Guard(
+        "a proof restores into no tablespace of the role's own settings",
+        "runbook_lib/commands/postgres.py",
+        '"default_tablespace=", ',
+        "",
+        (f"{_T_PROOF}a_proof_fills_no_tablespace_and_needs_none",),
     ),
     Guard(
         "a proof by command is not begun without room",

@@ -50,6 +50,7 @@ def test_restore_stops_at_the_first_error() -> None:
         "--no-acl",
         "--no-owner",
         "--no-subscriptions",
+        "--no-tablespaces",
         "--jobs=2",
         "--host=10.0.0.5",
         "--port=5432",

@@ -131,3 +131,31 @@ def test_a_damaged_dump_is_not_called_too_big(tmp_path: Path) -> None:
         restore._plain(dump, restore.plain_of(dump), free_ratio=0.0, shell=shell, timeout_s=60, told=progress.untold),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("row", "more"),
+    [
+        pytest.param({}, [], id="14"),
+        pytest.param({"datlocprovider": "c", "daticulocale": None}, [("LOCALE_PROVIDER", "libc")], id="15, libc"),
+        pytest.param(
+            {"datlocprovider": "i", "daticulocale": "de", "daticurules": "&a < g"},
+            [("LOCALE_PROVIDER", "icu"), ("ICU_LOCALE", "de"), ("ICU_RULES", "&a < g")],
+            id="16, ICU",
+        ),
+        pytest.param(
+            {"datlocprovider": "b", "datlocale": "C.UTF-8", "daticurules": None},
+            [("LOCALE_PROVIDER", "builtin"), ("BUILTIN_LOCALE", "C.UTF-8")],
+            id="17, the server's own",
+        ),
+    ],
+)
+def test_a_scratch_database_orders_texts_as_its_source_does(row: dict[str, Any], more: list[tuple[str, str]]) -> None:
+    options = restore.locale_options("UTF8", {"datcollate": "C", "datctype": "en_US.utf8", **row})
+
+    assert options == [("ENCODING", "UTF8"), ("LC_COLLATE", "C"), ("LC_CTYPE", "en_US.utf8"), *more]
+
+
+def test_an_order_of_texts_that_is_not_known_is_refused() -> None:
+    with pytest.raises(StepFailedError, match="database shop has the locale provider 'x'"):
+        restore.locale_options("UTF8", {"datname": "shop", "datcollate": "C", "datctype": "C", "datlocprovider": "x"})
