@@ -604,7 +604,7 @@ def _runbook(*words: str) -> subprocess.CompletedProcess[str]:
 
 def _impatient(*words: str) -> subprocess.CompletedProcess[str]:
     """A command that tells its progress from the first moment on."""
-    code = "from runbook_lib import cli, progress as p; p._EVERY_S = cli._PROGRESS_EVERY_S = 0.001; p._PATIENCE_S = 0; cli.main()"
+    code = "from runbook_lib import cli, progress as p, terminal; p._EVERY_S = terminal.PROGRESS_EVERY_S = 0.001; p._PATIENCE_S = 0; cli.main()"
     argv = (sys.executable, "-c", code, *words)
     return subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 

@@ -1,0 +1,114 @@
+"""`runbook backup`: what is kept of an environment's backups, and the proof of one of them again.
+
+Heavy parts are imported inside the verbs, as in `cli`, which mounts them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runbook_lib import terminal
+from runbook_lib.errors import RunbookError, StepFailedError, UsageError
+from runbook_lib.terminal import Json, beside, print_json, say
+
+app = typer.Typer(no_args_is_help=True, help="Backups that are kept: list them, prove one again.")
+
+
+@app.command("list")
+def backup_list(environment: str, json: Json = False) -> None:
+    """What is kept of an environment's backups: where, how old, how big, proved or not; the store is asked what it has."""
+    from runbook_lib import kept, wiring
+
+    params = wiring.load_params(environment)
+    ledger, store = wiring.ledger_of(params), params.backup.store
+    try:
+        there = wiring.draft_of(params).services.store.listed("")
+    except (RunbookError, OSError, ValueError) as error:
+        there = None
+        say(f"the store was not asked: {error.message if isinstance(error, RunbookError) else error}")
+    found = kept.kept(
+        ledger.runs(environment),
+        Path(params.backup.directory),
+        there,
+        address=f"s3://{store.bucket}/{store.prefix.strip('/')}/",
+        known=frozenset(ledger.every_run_id()),
+    )
+    if json:
+        print_json(kept.as_json(found))
+    else:
+        print(kept.as_text(found))
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Tell on stderr how far the body's work has come."""
+    from runbook_lib import progress
+
+    stop = threading.Event()
+
+    def tell() -> None:
+        while not stop.wait(terminal.PROGRESS_EVERY_S):
+            for line in progress.now(folder):
+                say(line)
+
+    with beside(tell, stop):
+        yield
+
+
+@app.command("prove")
+def backup_prove(
+    dump: Path,
+    manifest: Annotated[Path, typer.Option(help="artifacts/backup/manifest.json of the run that made it.")],
+    environment: Annotated[str, typer.Option(help="Whose server restores it; by default the manifest's.")] = "",
+    json: Json = False,
+) -> None:
+    """Restore a dump into a scratch database and compare it with its manifest; exits 1 when it is not its source."""
+    from functools import partial
+
+    from runbook_lib import progress, restore, room, wiring
+
+    known = restore.read_manifest(manifest)
+    where = environment or str(known.get("environment", ""))
+    if not where:
+        raise UsageError(f"{manifest} names no environment", remedy="say whose server restores it: --environment ENV")
+    params = wiring.load_params(where)
+    restore.asked_of(dump, known)
+    try:
+        with wiring.looking_around(params) as run, _told(run.scratch):
+            room.refuse_without(
+                run,
+                dump,
+                unpacked_bytes=restore.unpacked_bytes(dump, known),
+                database_bytes=restore.database_bytes(known),
+            )
+            report = restore.prove_against_manifest(
+                dump,
+                known,
+                database=run.services.database,
+                params=run.params.database,
+                shell=run.services.shell,
+                timeout_s=run.params.backup.timeout_s,
+                jobs=run.params.backup.jobs,
+                told=partial(progress.told, run.scratch),
+                free_ratio=run.params.backup.free_ratio,
+            )
+    except StepFailedError as error:
+        report = {"ok": False, "why": [error.message]}
+    if json:
+        print_json(report)
+    else:
+        for table in report.get("tables", []):
+            mark = "✔" if table["same"] else "✖"
+            print(f"{mark} {table['table']}: {table['rows']:,} rows, restored {table['restored_rows'] or 0:,}")
+        for what in report.get("not_provable", []):
+            print(f"? not covered: {what}")
+        for why in report["why"]:
+            print(f"✖ {why}")
+        print(f"{dump} is {'proved' if report['ok'] else 'not proved'}")
+    raise typer.Exit(0 if report["ok"] else 1)
