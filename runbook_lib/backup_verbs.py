@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from runbook_lib import terminal
-from runbook_lib.errors import RunbookError, StepFailedError, UsageError
+from runbook_lib.errors import PausedError, RunbookError, StepFailedError, UsageError
 from runbook_lib.terminal import Json, beside, print_json, say
 
 app = typer.Typer(no_args_is_help=True, help="Backups that are kept: list them, prove one again.")
@@ -79,6 +79,8 @@ def backup_prove(
         raise UsageError(f"{manifest} names no environment", remedy="say whose server restores it: --environment ENV")
     params = wiring.load_params(where)
     restore.asked_of(dump, known)
+    # What is restored is production's data: it must not stay when somebody hangs up.
+    terminal.ended_by_signals()
     try:
         with wiring.looking_around(params) as run, _told(run.scratch):
             room.refuse_without(
@@ -98,6 +100,11 @@ def backup_prove(
                 told=partial(progress.told, run.scratch),
                 free_ratio=run.params.backup.free_ratio,
             )
+    except KeyboardInterrupt:
+        raise PausedError(
+            "the proof was interrupted, and of the dump nothing is known",
+            remedy=f"the same again; runbook doctor {where} names a scratch database that could not be dropped",
+        ) from None
     except StepFailedError as error:
         report = {"ok": False, "why": [error.message]}
     if json:

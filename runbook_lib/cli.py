@@ -227,28 +227,14 @@ def _progress(run: Run) -> Iterator[None]:
 
 def _execute(run: Run, work: Callable[[], Outcome]) -> Outcome:
     """Let the executor work, with progress; Ctrl-C, SIGTERM and a terminal that goes away end it where it stands."""
-    import signal
-
     from runbook_lib import executor
 
-    signals = 0
-
-    def asked_to_end(_number: int, _frame: object) -> None:
-        # The second one asks to end the commands too, and must not tear what the first one is just tidying up. A third
-        # one ends this process whatever it is at.
-        nonlocal signals
-        signals += 1
-        if signals != 2:
-            raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: it goes on without one
-            signal.signal(number, asked_to_end)
+    came = terminal.ended_by_signals()
     try:
         with _progress(run):
             return work()
     except KeyboardInterrupt:
-        return executor.interrupted(run, say=say, again=lambda: signals > 1)
+        return executor.interrupted(run, say=say, again=lambda: came() > 1)
 
 
 # --- rehearsal ---------------------------------------------------------------------------------------------------

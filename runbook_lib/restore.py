@@ -9,6 +9,7 @@ import secrets as random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from runbook_lib.params import Database as DatabaseParams
 from runbook_lib.ports import Shell
 
 SCRATCH_PREFIX = "runbook_scratch_"
+_PROOF = "runbook proof "
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _NO_MANIFEST = "this is no manifest of a backup"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -135,6 +137,36 @@ class ScratchDatabase:
         connection.execute("SET lock_timeout = '60s'")
         connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", (self.name,))
         return connection
+
+
+@dataclass(frozen=True, slots=True)
+class OfProof:
+    """A scratch database of `runbook backup prove`, which no run will ever drop.
+
+    Attributes:
+        at_work: somebody is connected to it.
+        size_bytes: None when the role may not ask.
+    """
+
+    name: str
+    at_work: bool
+    size_bytes: int | None
+
+
+def of_proofs(database: Database, params: DatabaseParams) -> list[OfProof]:
+    """The scratch databases of proofs that go on, and of those that were killed."""
+    with database.connect(
+        params.admin_role, params.maintenance, application="runbook: left scratch databases"
+    ) as session:
+        # No comment yet, as in `drop`: killed before it got one.
+        rows = session.execute(
+            "SELECT datname, EXISTS (SELECT FROM pg_stat_activity a WHERE a.datid = d.oid), "
+            "CASE WHEN has_database_privilege(oid, 'CONNECT') THEN pg_database_size(oid) END FROM pg_database d "
+            "WHERE starts_with(datname, %s) AND starts_with(coalesce(shobj_description(oid, 'pg_database'), %s), %s) "
+            "ORDER BY 1",
+            (SCRATCH_PREFIX, _PROOF, _PROOF),
+        ).fetchall()
+    return [OfProof(*row) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,8 +373,18 @@ def _compared(scratch: ScratchDatabase, jobs: int, tables: int, told: progress.T
         nonlocal begun
         begun += 1  # a view: two threads at once may miss one
 
-    with told("comparing the restore", lambda: min(tables, max(0, begun - jobs)), total=tables, unit="tables"):
-        return scratch.inventory(jobs, keep_on=keep_on)
+    with (
+        told("comparing the restore", lambda: min(tables, max(0, begun - jobs)), total=tables, unit="tables"),
+        ThreadPoolExecutor(
+            1
+        ) as apart,  # who is interrupted while sessions read waits for each of them, to the last table
+    ):
+        read = apart.submit(scratch.inventory, jobs, keep_on=keep_on)
+        try:
+            return read.result()
+        except KeyboardInterrupt:
+            scratch.drop()  # ends them
+            raise
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -433,7 +475,7 @@ def prove_against_manifest(
     """
     expected, source, run_id = asked_of(dump_file, manifest)
     token = random.token_hex(6)
-    scratch = ScratchDatabase(database, params, f"{SCRATCH_PREFIX}{token}", f"runbook proof {token} of {run_id}")
+    scratch = ScratchDatabase(database, params, f"{SCRATCH_PREFIX}{token}", f"{_PROOF}{token} of {run_id}")
     found = progress.sha256(dump_file, told)
     if found != expected:
         # Before any server sees it: what a dump holds is run there, as an administrator, and this one is somebody else's.
