@@ -466,8 +466,8 @@ def prove_against_manifest(
         free_ratio: the share of the dump's disk that stays free.
 
     Returns:
-        The JSON of `prove_dump` with `sha256`, `sha256_expected`, `ok`, which is true when digest and content agree, and
-        `why` when they do not.
+        The JSON of `prove_dump` with `sha256`, `sha256_expected`, `ok`, which is true when digest and content agree,
+        `why` when they do not, and the same in a word as `outcome`: `proved` or `not its source`.
 
     Raises:
         UsageError: this is no manifest, or a damaged one, or there is no dump.
@@ -497,7 +497,14 @@ def prove_against_manifest(
             free_ratio=free_ratio,
         )
         why = [*report["differences"]]
-    return {**report, "sha256": found, "sha256_expected": expected, "ok": not why, "why": why}
+    return {
+        **report,
+        "sha256": found,
+        "sha256_expected": expected,
+        "ok": not why,
+        "why": why,
+        "outcome": "not its source" if why else "proved",
+    }
 
 
 def _unpacked_bytes(manifest: Mapping[str, Any]) -> int | None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ import pytest
 import yaml
 
 from rehearsal import postgres as twin_postgres
-from runbook_lib import progress, restore, wiring
+from runbook_lib import cli, doctor, progress, restore, wiring
+from runbook_lib.adapters.database import in_words
 from runbook_lib.canonical import sha256_file
+from runbook_lib.errors import UnavailableError, UsageError
 from tests.contracts.test_proof import SHOP, ZSTD, Proofs, proofs  # noqa: F401
 from tests.project import ROOT, wait_until
 
@@ -46,6 +49,23 @@ class World:
         path.write_text(json.dumps(self.manifest))
         return ("backup", "prove", str(self.dump), "--manifest", str(path), *more)
 
+    def set(self, **settings: Any) -> None:
+        """Change the environment's params: `section__key`."""
+        path = self.proofs.folder / "home" / "params" / "staging.yml"
+        params = yaml.safe_load(path.read_text())
+        for name, value in settings.items():
+            section, _, key = name.partition("__")
+            params[section][key] = value
+        path.write_text(yaml.safe_dump(params))
+
+    def said(self, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, dict[str, Any], str]:
+        """The command's exit code, the JSON on its last line, and what it says beside."""
+        with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patched:
+            patched.setattr(sys, "argv", ["runbook", *self.argv("--json", *more)])
+            cli.main()
+        said = capsys.readouterr()
+        return int(str(ended.value.code)), json.loads(said.out.splitlines()[-1]), said.err
+
     def start(self) -> subprocess.Popen[str]:
         argv = (sys.executable, "-m", "runbook_lib", *self.argv())
         return subprocess.Popen(
@@ -62,6 +82,16 @@ class World:
         with self.proofs.server.session() as session:
             found = session.execute("SELECT datname FROM pg_database WHERE datname LIKE 'runbook_scratch_%'").fetchall()
         return [row[0] for row in found] + [path.name for path in self.proofs.folder.glob("*.part")]
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """The command takes signals for as long as it lives, and here it lives in the tests' process."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def world_of(proofs: Proofs, monkeypatch: pytest.MonkeyPatch, script: str = SHOP) -> World:  # noqa: F811
@@ -132,3 +162,94 @@ def test_who_is_interrupted_while_comparing_does_not_wait_for_the_rest_of_it(
         scratch.drop()
 
     assert left == []
+
+
+WITH_A_ROLE = f"""
+{SHOP.partition(";")[0]};
+CREATE ROLE reader_of_shop; CREATE POLICY readers ON customers TO reader_of_shop;
+"""
+
+
+def test_what_could_not_be_tried_is_told_from_what_is_not_its_source(
+    proofs: Proofs,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    handlers: None,
+) -> None:
+    world = world_of(proofs, monkeypatch, WITH_A_ROLE)
+    weak = proofs.folder / "weak"
+    weak.write_text("*:*:*:weak:w\n")
+    weak.chmod(0o600)
+    good = json.loads(json.dumps(world.manifest))
+    proofs.run(world.name, "CREATE ROLE weak LOGIN PASSWORD 'w'; GRANT pg_monitor TO weak")
+    try:
+        proved = world.said(capsys)
+        world.manifest["inventory"]["tables"]["public.customers"]["rows"] = 1
+        other_content = world.said(capsys)
+        world.manifest = {**good, "files": [{"kind": "dump", "source_sha256": "0" * 64}]}
+        other_digest = world.said(capsys)
+        world.manifest = good
+        proofs.run(world.name, "DROP POLICY readers ON customers; DROP ROLE reader_of_shop")
+        not_restored = world.said(capsys)
+        world.set(database__admin_role="weak", database__passfile=str(weak), backup__scratch_capacity_bytes=10**15)
+        denied = world.said(capsys)
+        world.set(backup__scratch_capacity_bytes=10**6)
+        no_room = world.said(capsys)
+        world.set(database__port=1)
+        silent = world.said(capsys)
+    finally:
+        proofs.run(world.name, "DROP OWNED BY weak; DROP ROLE weak")
+
+    ends = [(code, report["outcome"]) for code, report, _ in (proved, other_content, other_digest, not_restored)]
+    assert ends == [(0, "proved"), (1, "not its source"), (1, "not its source"), (1, "not restored")]
+    assert 'role "reader_of_shop" does not exist' in " ".join(not_restored[1]["why"])
+    assert "keep the dump" in not_restored[1]["next"]
+    for (code, report, said), wanted, why, then in (
+        (denied, 2, "permission denied to create database", "mend that on the server"),
+        (no_room, 2, "the proof is not begun", "free room there"),
+        (silent, 75, "Connection refused", "then the same again"),
+    ):
+        assert (code, report["ok"], report["outcome"]) == (wanted, False, "not tried")
+        assert why in report["why"][0]
+        assert then in report["next"]
+        assert f"{report['why'][0]}. Next: {report['next']}" in said
+    assert world.left() == []
+
+
+def test_a_server_that_stops_says_nothing_of_the_dump_and_what_it_keeps_is_named(
+    proofs: Proofs,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    handlers: None,
+) -> None:
+    world = world_of(proofs, monkeypatch, RESTORED_SLOWLY)
+
+    def stop() -> None:
+        wait_until(lambda: world.sessions("wait_event = 'PgSleep'"), "a restore", 60)
+        proofs.server.stop()
+
+    with ThreadPoolExecutor(1) as beside:
+        stopped = beside.submit(stop)
+        try:
+            code, report, _ = world.said(capsys)
+            stopped.result()
+        finally:
+            proofs.server.restart()
+
+    assert (code, report["ok"], report["outcome"]) == (75, False, "not tried")
+    assert "runbook doctor staging names a scratch database" in report["next"]
+    (left,) = world.left()
+    with wiring.looking_around(wiring.load_params("staging")) as run, pytest.raises(UsageError, match=left) as named:
+        doctor._none_is_left(run)
+    with closing(proofs.connect("postgres")) as session:
+        session.execute(named.value.remedy.partition("postgres: ")[2])
+    assert world.left() == []
+
+
+def test_a_session_that_is_cut_is_nobodys_answer(proofs: Proofs) -> None:  # noqa: F811
+    with (
+        closing(proofs.connect("postgres")) as session,
+        pytest.raises(UnavailableError, match="terminating connection"),
+        in_words("the proof"),
+    ):
+        session.execute("SELECT pg_terminate_backend(pg_backend_pid())")

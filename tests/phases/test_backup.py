@@ -627,7 +627,9 @@ def test_a_dump_is_proved_later_by_command(opened: Open, twin: dict[str, Any], t
 
     assert good.returncode == 0, good.stderr
     assert json.loads(good.stdout)["ok"]
+    assert json.loads(good.stdout)["outcome"] == "proved"
     assert bad.returncode == 1
+    assert json.loads(bad.stdout)["outcome"] == "not its source"
     assert not json.loads(bad.stdout)["ok"]
     assert json.loads(bad.stdout)["why"]
     assert "✔ public.orders: " in shown.stdout
