@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import psycopg
 from psycopg import IsolationLevel, sql
@@ -311,11 +311,7 @@ def prove_dump(
 
     Side effect: the scratch database is made, and dropped whatever happens.
     """
-    if source.get("format") != inventory.FORMAT:
-        raise UsageError(
-            f"the inventory has format {source.get('format')}, this version compares format {inventory.FORMAT}",
-            remedy="use the version of runbook that made the backup",
-        )
+    _refuse_other_format(source)
     if not dump_file.is_file() or dump_file.stat().st_size == 0:
         raise StepFailedError(f"{dump_file} is missing or empty", remedy="dump again")
     params = scratch.params
@@ -366,6 +362,14 @@ def prove_dump(
     }
 
 
+def _refuse_other_format(source: Mapping[str, Any]) -> None:
+    if source.get("format") != inventory.FORMAT:
+        raise UsageError(
+            f"the inventory has format {str(source.get('format'))[:80]}, this version compares format {inventory.FORMAT}",
+            remedy="use the version of runbook that made the backup",
+        )
+
+
 def _compared(scratch: ScratchDatabase, jobs: int, tables: int, told: progress.Told) -> dict[str, Any]:
     begun = 0
 
@@ -408,7 +412,7 @@ def asked_of(dump_file: Path, manifest: Mapping[str, Any]) -> tuple[str, Any, st
     """What a manifest says that a dump must be: its digest, its inventory, and the run that made it.
 
     Raises:
-        UsageError: this is no manifest, or one that was damaged; or there is no dump.
+        UsageError: this is no manifest, or one that was damaged, or of another version; or there is no dump.
     """
     try:
         dump = next((entry for entry in manifest["files"] if entry["kind"] == "dump"), None)
@@ -427,6 +431,7 @@ def asked_of(dump_file: Path, manifest: Mapping[str, Any]) -> tuple[str, Any, st
         ) from error
     if not os.path.isfile(dump_file):  # noqa: PTH113  # never raises: no file can have some names
         raise UsageError(f"there is no dump {dump_file}", remedy="give the path of the .dump file")
+    _refuse_other_format(source)
     return expected, source, run_id
 
 
@@ -435,14 +440,24 @@ def _refuse_damaged(source: Any) -> None:
     if not isinstance(source, dict):
         raise TypeError("inventory: it is no object")
     if source.get("format") != inventory.FORMAT:
-        return  # of another version, which `prove_dump` says
+        return  # of another version: that is said when there is a dump
     inventory.differences(source, source)  # it looks at all that a comparison looks at
-    for name, kind in (("size_bytes", int), ("not_provable", list)):
-        if not isinstance(source[name], kind):
-            raise TypeError(f"inventory.{name}: {str(source[name])[:80]!r}")
+    if not _is_size(source["size_bytes"]):
+        raise TypeError(f"inventory.size_bytes: {_short(source['size_bytes'])}")
+    if not isinstance(source["not_provable"], list):
+        raise TypeError(f"inventory.not_provable: {_short(source['not_provable'])}")
     for name, table in source["tables"].items():
         if not isinstance(table["rows"], int):
-            raise TypeError(f"inventory.tables.{name}.rows: {str(table['rows'])[:80]!r}")
+            raise TypeError(f"inventory.tables.{name}.rows: {_short(table['rows'])}")
+
+
+def _is_size(value: Any) -> TypeGuard[int]:
+    """True for a number of bytes that can be: not for one that no disk holds and no float takes."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _short(value: Any) -> str:
+    return repr(str(value)[:80])
 
 
 def prove_against_manifest(
@@ -511,4 +526,4 @@ def _unpacked_bytes(manifest: Mapping[str, Any]) -> int | None:
     """What the dump measured when its run proved it; older manifests do not say."""
     proof = manifest.get("proof")
     size = proof.get("unpacked_bytes") if isinstance(proof, dict) else None
-    return size if isinstance(size, int) else None
+    return size if _is_size(size) else None
