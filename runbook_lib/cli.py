@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from runbook_lib import backup_verbs, terminal
 from runbook_lib.errors import (
     FolderLostError,
     PausedError,
     RunbookError,
-    StepFailedError,
     UsageError,
     VerificationError,
 )
+from runbook_lib.terminal import Json, beside, print_json, say
 
 if TYPE_CHECKING:
     from runbook_lib.executor import Outcome
@@ -46,17 +47,14 @@ stack_app = typer.Typer(no_args_is_help=True, help="The rehearsal stack: a local
 gate_app = typer.Typer(no_args_is_help=True, help="See a gate's evidence, and sign a decision.")
 app.add_typer(stack_app, name="stack")
 app.add_typer(gate_app, name="gate")
-backup_app = typer.Typer(no_args_is_help=True, help="Backups that are kept: list them, prove one again.")
-app.add_typer(backup_app, name="backup")
+app.add_typer(backup_verbs.app, name="backup")
 
-Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON, the last line of stdout.")]
 Version = Annotated[str, typer.Option("--version", help="The release tag; in the rehearsal 'next' by default.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Override a parameter: dotted.key=value.")]
 Person = Annotated[str, typer.Option("--as", help="Your name in the params file.")]
 Key = Annotated[Path | None, typer.Option("--key", help="Your SSH key file (or the .pub of an agent's key).")]
 Comment = Annotated[str, typer.Option("--comment", help="What you looked at, or why not.")]
 
-_PROGRESS_EVERY_S = 5.0
 _FAULTS = {"bad-release": ("bad", "rolled_back")}
 
 
@@ -69,13 +67,13 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code)
     except RunbookError as error:
-        _say(f"runbook: {error}")
+        say(f"runbook: {error}")
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        _say("runbook: interrupted. Next: runbook status, runbook resume RUN")
+        say("runbook: interrupted. Next: runbook status, runbook resume RUN")
         sys.exit(PausedError.exit_code)
     except OSError as error:  # a full or read-only disk, no descriptor left: the machine's fault, not a bug
-        _say(
+        say(
             f"runbook: this machine: {error.strerror}: {error.filename or 'no file'}. Next: mend it, runbook resume RUN"
         )
         sys.exit(PausedError.exit_code)
@@ -84,18 +82,8 @@ def main() -> None:
         if shown is None:
             raise
         if shown():  # no words at all: the help was shown
-            _say(f"runbook: {shown()}")
+            say(f"runbook: {shown()}")
         sys.exit(2)
-
-
-def _say(text: str) -> None:
-    # What somebody typed may be in it, and it is one line on a terminal all the same. That may be gone by now.
-    with contextlib.suppress(OSError):
-        print("".join(c if c.isprintable() else "?" for c in text), file=sys.stderr, flush=True)
-
-
-def _print_json(value: Any) -> None:
-    print(json_module.dumps(value, ensure_ascii=False, sort_keys=True), flush=True)
 
 
 def _settings(pairs: list[str] | None) -> dict[str, str]:
@@ -156,9 +144,9 @@ def _open_gate(run: Run) -> str | None:
 
 def _finish(run: Run, outcome: Outcome, *, json: bool) -> None:
     facts = _summary(run, outcome)
-    _say(f"{facts['state']}: {outcome.message}")
+    say(f"{facts['state']}: {outcome.message}")
     if json:
-        _print_json(facts)
+        print_json(facts)
     else:
         print(f"run    {run.run_id}\nstate  {facts['state']} (phase {facts['phase']})\nrecord {run.folder}")
         if facts["gate"]:
@@ -224,55 +212,29 @@ def _progress(run: Run) -> Iterator[None]:
                 silent = True
             else:
                 silent = False
-            if time.monotonic() - told_at >= _PROGRESS_EVERY_S and (lines := progress.now(run.scratch)):
+            if time.monotonic() - told_at >= terminal.PROGRESS_EVERY_S and (lines := progress.now(run.scratch)):
                 told_at = time.monotonic()
                 for line in lines:
                     console.print(f"     {line}", style="dim", markup=False)
 
     try:
-        with _beside(follow, stop):
+        with beside(follow, stop):
             yield
     finally:
         with contextlib.suppress(OSError, RunbookError):  # a terminal, or a ledger, that is gone
             tell()
 
 
-@contextmanager
-def _beside(work: Callable[[], None], stop: threading.Event) -> Iterator[None]:
-    """Let `work`, which ends when it is told to stop, run in a thread while the body does."""
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
 def _execute(run: Run, work: Callable[[], Outcome]) -> Outcome:
     """Let the executor work, with progress; Ctrl-C, SIGTERM and a terminal that goes away end it where it stands."""
-    import signal
-
     from runbook_lib import executor
 
-    signals = 0
-
-    def asked_to_end(_number: int, _frame: object) -> None:
-        # The second one asks to end the commands too, and must not tear what the first one is just tidying up. A third
-        # one ends this process whatever it is at.
-        nonlocal signals
-        signals += 1
-        if signals != 2:
-            raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: it goes on without one
-            signal.signal(number, asked_to_end)
+    came = terminal.ended_by_signals()
     try:
         with _progress(run):
             return work()
     except KeyboardInterrupt:
-        return executor.interrupted(run, say=_say, again=lambda: signals > 1)
+        return executor.interrupted(run, say=say, again=lambda: came() > 1)
 
 
 # --- rehearsal ---------------------------------------------------------------------------------------------------
@@ -319,10 +281,10 @@ def stack_down(json: Json = False) -> None:
                 lease.refuse_held(state)
                 _abort_run(ledger, state.run_id, "the rehearsal stack was taken down")
             except PausedError as error:  # a ledger may be a team's, and the run a colleague's, on a twin elsewhere
-                _say(f"run {state.run_id} is left: {error}")
+                say(f"run {state.run_id} is left: {error}")
     _stack("down")
     if json:
-        _print_json({"up": False})
+        print_json({"up": False})
 
 
 @stack_app.command("status")
@@ -333,7 +295,7 @@ def stack_status(json: Json = False) -> None:
 
 def _stack_facts(facts: dict[str, Any], *, json: bool) -> None:
     if json:
-        _print_json(facts)
+        print_json(facts)
         return
     print(f"up: {facts.get('up', False)}")
     for block in ("versions", "endpoints"):
@@ -366,7 +328,7 @@ def rehearse(
         version_text(wanted_version)
     was_up = _stack("status").get("up", False)
     if not was_up:
-        _say("bringing the rehearsal stack up …")
+        say("bringing the rehearsal stack up …")
         _stack("up")
     try:
         # The judge wants twenty samples at least.
@@ -384,10 +346,10 @@ def rehearse(
         good = reached == wanted_state
         outcome = Outcome(0 if good else outcome.exit_code or 1, outcome.message, outcome.phase, outcome.gate)
         if fault:
-            _say(f"fault {fault}: the run ended {reached}, {'as it must' if good else f'but must end {wanted_state}'}")
+            say(f"fault {fault}: the run ended {reached}, {'as it must' if good else f'but must end {wanted_state}'}")
         facts["state"] = reached
         if json:
-            _print_json(facts)
+            print_json(facts)
         else:
             print(f"state  {reached}: {outcome.message}\nrecord {run.folder}\nopen   {run.folder / 'index.html'}")
             print(f"verify runbook verify {run.folder} --trust {run.trust}")
@@ -409,7 +371,7 @@ def plan(environment: str, version: Version = "", settings: Settings = None, jso
 
     facts = plan_of(wiring.preview(environment, version, settings=_settings(settings)))
     if json:
-        _print_json(facts)
+        print_json(facts)
     else:
         print(plan_text(facts))
 
@@ -442,7 +404,7 @@ def run_command(
     if until != "prepare":
         wiring.refuse_second(draft)
     run = wiring.create(draft, plan=planned, opened_by=person)
-    _say(f"run {run.run_id} opened by {run.state.opened['opened_by']}")
+    say(f"run {run.run_id} opened by {run.state.opened['opened_by']}")
     outcome = _execute(run, lambda: executor.go(run, wait=wait, until=until or None))
     _finish(run, outcome, json=json)
 
@@ -514,9 +476,9 @@ def takeover(
         fenced = lease.take_over(run, reason=reason)
         following, summary = "review" if run.state.ended else "resume", _summary(run)
     where = ", ".join(fenced) or "the ledger alone, since the run holds no environment"
-    _say(f"shut out at: {where}. Next: runbook {following} {run_id}")
+    say(f"shut out at: {where}. Next: runbook {following} {run_id}")
     if json:
-        _print_json({**summary, "fenced": fenced})
+        print_json({**summary, "fenced": fenced})
 
 
 @app.command()
@@ -536,7 +498,7 @@ def abort(
         return
     stays = executor.abort(run, reason=reason)
     for line in stays:
-        _say(f"stays: {line}")
+        say(f"stays: {line}")
     _finish(run, Outcome(0, f"aborted: {reason}; {len(stays)} things stay", run.state.phase), json=json)
 
 
@@ -552,11 +514,11 @@ def _close_lost(ledger: Ledger, run_id: str, reason: str, *, json: bool) -> None
     if ledger.state(run_id).ended:
         raise UsageError(f"run {run_id} has ended, and its folder is not in outputs/", remedy="runbook list")
     ledger.append(run_id, "run_ended", {"state": "aborted", "reason": reason}, guard=lease.refuse_live)
-    _say(
+    say(
         f"run {run_id} is ended in the ledger; its folder is not here: nobody looked at what it changed, and nothing is sealed"
     )
     if json:
-        _print_json({"run": run_id, "state": "aborted", "record": None})
+        print_json({"run": run_id, "state": "aborted", "record": None})
 
 
 def _ledgers() -> Iterator[tuple[Ledger, Params | None]]:
@@ -566,7 +528,7 @@ def _ledgers() -> Iterator[tuple[Ledger, Params | None]]:
     silent: list[str] = []
     yield from wiring.known_ledgers(silent)
     for said in silent:
-        _say(f"not asked: {said}")
+        say(f"not asked: {said}")
 
 
 def _abort_run(ledger: Ledger, run_id: str, reason: str) -> None:
@@ -580,7 +542,7 @@ def _abort_run(ledger: Ledger, run_id: str, reason: str) -> None:
     try:
         executor.end(wiring.attach(run_id), "aborted", reason=reason)
     except RunbookError as error:
-        _say(f"run {run_id} could not be sealed: {error}")
+        say(f"run {run_id} could not be sealed: {error}")
         if not ledger.state(run_id).ended:
             ledger.append(run_id, "run_ended", {"state": "aborted", "reason": reason}, guard=lease.refuse_live)
 
@@ -630,21 +592,21 @@ def lab_command(
     # While it starts, both mean the same: what was begun is ended again.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = lab.run_to_walk(run_id, environment=environment, version=version, person=person)
-    _say(f"run {run.run_id}: starting JupyterLab …")
-    opened = lab.open_lab(run, port=port, say=_say)
+    say(f"run {run.run_id}: starting JupyterLab …")
+    opened = lab.open_lab(run, port=port, say=say)
     ending = lab.Ending()  # before the address is told: who reads it may end this at once
     if json:
-        _print_json({"run_id": run.run_id, "url": opened.url, "folder": str(opened.folder)})
+        print_json({"run_id": run.run_id, "url": opened.url, "folder": str(opened.folder)})
     else:
         print(f"run    {run.run_id}\nopen   {opened.url}\nfolder {opened.folder}", flush=True)
     if browser:
         webbrowser.open(opened.page())
     if not opened.ours:
-        _say("JupyterLab runs already for this run, and goes on: the runbook lab that started it ends it")
+        say("JupyterLab runs already for this run, and goes on: the runbook lab that started it ends it")
         return
-    _say(lab.WORDS)
-    opened.keep(ending, _say)
-    _say(f"JupyterLab has ended. Next: runbook status {run.run_id}")
+    say(lab.WORDS)
+    opened.keep(ending, say)
+    say(f"JupyterLab has ended. Next: runbook status {run.run_id}")
 
 
 # --- looking -----------------------------------------------------------------------------------------------------
@@ -659,7 +621,7 @@ def status(run_id: Annotated[str, typer.Argument(metavar="[RUN]")] = "", json: J
     run = wiring.attach(run_id or _newest())
     facts = _summary(run)
     if json:
-        _print_json(facts)
+        print_json(facts)
     else:
         state = run.state
         able = {key: run.params.may_settle(key, opener=state.opened["opened_by"]) for key in in_doubt(state)}
@@ -685,7 +647,7 @@ def checklist(run_id: Annotated[str, typer.Argument(metavar="RUN")], json: Json 
 
     state = wiring.attach(run_id).state
     if json:
-        _print_json([asdict(row) for row in rows(state)])
+        print_json([asdict(row) for row in rows(state)])
     else:
         print(checklist_text(state))
 
@@ -707,7 +669,7 @@ def list_command(json: Json = False) -> None:
         for s in sorted(states, key=lambda state: state.opened_time, reverse=True)
     ]
     if json:
-        _print_json(rows)
+        print_json(rows)
     else:
         for row in rows:
             print(f"{row['run_id']}  {row['environment']}  {row['state']}  {row['phase']}  {row['opened_by']}")
@@ -721,7 +683,7 @@ def doctor(environment: str, json: Json = False) -> None:
 
     found = examine(wiring.load_params(environment))
     if json:
-        _print_json({"ok": all(c["ok"] for c in found), "checks": found})
+        print_json({"ok": all(c["ok"] for c in found), "checks": found})
     else:
         for c in found:
             print(f"{'✔' if c['ok'] else '✖'} {c['name']}: {c['why']}")
@@ -751,7 +713,7 @@ def gate_show(
         return
     facts = gate.show(run, name)
     if json:
-        _print_json(facts)
+        print_json(facts)
     else:
         print(gate_text(facts))
 
@@ -766,9 +728,9 @@ def _decide(
         raise UsageError("a decision needs its person and their key", remedy="give --as PERSON --key FILE")
     data = gate.decision_statement(run, name, decision, person, comment)
     recorded = gate.decide(run, name, data, decisions.signed(data, key=key))
-    _say(f"gate {name}: {person} {decision}s, round {recorded['round']}. Next: runbook resume {run_id}")
+    say(f"gate {name}: {person} {decision}s, round {recorded['round']}. Next: runbook resume {run_id}")
     if json:
-        _print_json(recorded)
+        print_json(recorded)
 
 
 @gate_app.command("approve")
@@ -815,9 +777,9 @@ def check(
             "a spot check needs --pass or --fail, its person and their key", remedy="give --pass --as PERSON --key FILE"
         )
     recorded = testimony.record_check(wiring.attach(run_id), name, passed=passed, note=note, person=person, key=key)
-    _say(f"spot check {name}: {'passed' if passed else 'failed'}, {person}")
+    say(f"spot check {name}: {'passed' if passed else 'failed'}, {person}")
     if json:
-        _print_json(recorded)
+        print_json(recorded)
 
 
 @app.command()
@@ -838,9 +800,9 @@ def resolve(
             "settling a step needs --done or --not-done, --as, --key and --comment", remedy="say what you saw"
         )
     recorded = testimony.resolve(wiring.attach(run_id), step, done=done, comment=comment, person=person, key=key)
-    _say(f"{step} is settled as {'done' if done else 'not done'}. Next: runbook resume {run_id}")
+    say(f"{step} is settled as {'done' if done else 'not done'}. Next: runbook resume {run_id}")
     if json:
-        _print_json(recorded)
+        print_json(recorded)
 
 
 @app.command()
@@ -880,7 +842,7 @@ def fsck(run_id: Annotated[str, typer.Argument(metavar="[RUN]")] = "", json: Jso
         )
     ok = all(finding.ok for finding in found)
     if json:
-        _print_json({"ok": ok, "findings": [asdict(finding) for finding in found]})
+        print_json({"ok": ok, "findings": [asdict(finding) for finding in found]})
     else:
         for f in found:
             said = "" if f.ok else f": {': '.join(word for word in (f.where, f.why) if word)}"
@@ -901,106 +863,9 @@ def _folder_to_examine(params: Params | None, events: list[Event]) -> tuple[Path
     if params is None or not mirror.is_shared(params):
         return folder, None
     if not folder.exists():
-        _say(f"the folder of {run_id} is on another machine; runbook status {run_id} brings it here")
+        say(f"the folder of {run_id} is on another machine; runbook status {run_id} brings it here")
         return None, None
     return folder, mirror.stored(wiring.draft_of(params).services.store, events, scratch)
-
-
-# --- backups -----------------------------------------------------------------------------------------------------
-
-
-@backup_app.command("list")
-def backup_list(environment: str, json: Json = False) -> None:
-    """What is kept of an environment's backups: where, how old, how big, proved or not; the store is asked what it has."""
-    from runbook_lib import kept, wiring
-
-    params = wiring.load_params(environment)
-    ledger, store = wiring.ledger_of(params), params.backup.store
-    try:
-        there = wiring.draft_of(params).services.store.listed("")
-    except (RunbookError, OSError, ValueError) as error:
-        there = None
-        _say(f"the store was not asked: {error.message if isinstance(error, RunbookError) else error}")
-    found = kept.kept(
-        ledger.runs(environment),
-        Path(params.backup.directory),
-        there,
-        address=f"s3://{store.bucket}/{store.prefix.strip('/')}/",
-        known=frozenset(ledger.every_run_id()),
-    )
-    if json:
-        _print_json(kept.as_json(found))
-    else:
-        print(kept.as_text(found))
-
-
-@contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """Tell on stderr how far the body's work has come."""
-    from runbook_lib import progress
-
-    stop = threading.Event()
-
-    def tell() -> None:
-        while not stop.wait(_PROGRESS_EVERY_S):
-            for line in progress.now(folder):
-                _say(line)
-
-    with _beside(tell, stop):
-        yield
-
-
-@backup_app.command("prove")
-def backup_prove(
-    dump: Path,
-    manifest: Annotated[Path, typer.Option(help="artifacts/backup/manifest.json of the run that made it.")],
-    environment: Annotated[str, typer.Option(help="Whose server restores it; by default the manifest's.")] = "",
-    json: Json = False,
-) -> None:
-    """Restore a dump into a scratch database and compare it with its manifest; exits 1 when it is not its source."""
-    from functools import partial
-
-    from runbook_lib import progress, restore, room, wiring
-
-    known = restore.read_manifest(manifest)
-    where = environment or str(known.get("environment", ""))
-    if not where:
-        raise UsageError(f"{manifest} names no environment", remedy="say whose server restores it: --environment ENV")
-    params = wiring.load_params(where)
-    restore.asked_of(dump, known)
-    try:
-        with wiring.looking_around(params) as run, _told(run.scratch):
-            room.refuse_without(
-                run,
-                dump,
-                unpacked_bytes=restore.unpacked_bytes(dump, known),
-                database_bytes=restore.database_bytes(known),
-            )
-            report = restore.prove_against_manifest(
-                dump,
-                known,
-                database=run.services.database,
-                params=run.params.database,
-                shell=run.services.shell,
-                timeout_s=run.params.backup.timeout_s,
-                jobs=run.params.backup.jobs,
-                told=partial(progress.told, run.scratch),
-                free_ratio=run.params.backup.free_ratio,
-            )
-    except StepFailedError as error:
-        report = {"ok": False, "why": [error.message]}
-    if json:
-        _print_json(report)
-    else:
-        for table in report.get("tables", []):
-            mark = "✔" if table["same"] else "✖"
-            print(f"{mark} {table['table']}: {table['rows']:,} rows, restored {table['restored_rows'] or 0:,}")
-        for what in report.get("not_provable", []):
-            print(f"? not covered: {what}")
-        for why in report["why"]:
-            print(f"✖ {why}")
-        print(f"{dump} is {'proved' if report['ok'] else 'not proved'}")
-    raise typer.Exit(0 if report["ok"] else 1)
 
 
 # --- records and telemetry ---------------------------------------------------------------------------------------
@@ -1023,7 +888,7 @@ def verify(
     checks = archive.verify(record, trust)
     ok = all(c.ok for c in checks)
     if json:
-        _print_json({"ok": ok, "checks": [asdict(c) for c in checks]})
+        print_json({"ok": ok, "checks": [asdict(c) for c in checks]})
     else:
         for c in checks:
             print(f"{'✔' if c.ok else '✖'} {c.name}" + ("" if c.ok else f": {c.where}: {c.why}"))
@@ -1046,5 +911,5 @@ def judge(
         judgement = watch.judge(samples, watch.config_from_mapping(rules or {}))
     except Exception as error:  # PyYAML raises anything
         raise UsageError(" ".join(str(error).split()), remedy="columns are time,metric,value,window") from error
-    _print_json(judgement.as_json())
+    print_json(judgement.as_json())
     raise typer.Exit({"green": 0, "red": 1}.get(judgement.verdict, 75))

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
-from runbook_lib import preflight, room, wiring
+from runbook_lib import preflight, restore, room, wiring
 from runbook_lib.adapters import http
 from runbook_lib.errors import RunbookError, UsageError
 from runbook_lib.model import Command
@@ -44,6 +44,7 @@ def examine(params: Params) -> list[dict[str, Any]]:
         check(f"database {database} as {role}", lambda r=role, d=database: _connects(services.database, r, d))  # type: ignore[misc]
     check("fence for the migration tool", lambda: _may_fence(services.database, params.database))
     check("scratch volume", lambda: _knows_its_room(run))
+    check("scratch databases", lambda: _none_is_left(run))
     check("object store", lambda: f"{services.store.used_bytes():,} bytes stored")
     check("repository", lambda: f"frozen by {services.repository.frozen_by() or 'nobody'}")
     if services.balancer is not None:
@@ -78,6 +79,20 @@ def _knows_its_room(run: Run) -> str:
     if not volume.total_bytes:
         raise UsageError(str(volume.lack(0.0)), remedy=volume.remedy)
     return f"{volume.free_bytes:,} of {volume.total_bytes:,} bytes free"
+
+
+def _none_is_left(run: Run) -> str:
+    """What a proof restored is production's data, on production's server."""
+    params = run.params.database
+    found = restore.of_proofs(run.services.database, params)
+    left = [one for one in found if not one.at_work]
+    if left:
+        sizes = ", ".join(f"{one.name}" + (f" ({one.size_bytes:,} bytes)" if one.size_bytes else "") for one in left)
+        drops = "; ".join(f'DROP DATABASE "{one.name}"' for one in left)
+        raise UsageError(
+            f"killed proofs left {sizes}", remedy=f"as {params.admin_role} in {params.maintenance}: {drops}"
+        )
+    return f"a proof is at work in {', '.join(one.name for one in found)}" if found else "none is left over"
 
 
 def _may_fence(database: Any, named: Database) -> str:

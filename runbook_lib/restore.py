@@ -9,10 +9,11 @@ import secrets as random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, LiteralString
+from typing import Any, LiteralString, TypeGuard
 
 import psycopg
 from psycopg import IsolationLevel, sql
@@ -26,6 +27,7 @@ from runbook_lib.params import Database as DatabaseParams
 from runbook_lib.ports import Shell
 
 SCRATCH_PREFIX = "runbook_scratch_"
+_PROOF = "runbook proof "
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _NO_MANIFEST = "this is no manifest of a backup"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -171,6 +173,36 @@ def locale_options(encoding: str, row: Mapping[str, Any]) -> list[tuple[LiteralS
 
 
 @dataclass(frozen=True, slots=True)
+class OfProof:
+    """A scratch database of `runbook backup prove`, which no run will ever drop.
+
+    Attributes:
+        at_work: somebody is connected to it.
+        size_bytes: None when the role may not ask.
+    """
+
+    name: str
+    at_work: bool
+    size_bytes: int | None
+
+
+def of_proofs(database: Database, params: DatabaseParams) -> list[OfProof]:
+    """The scratch databases of proofs that go on, and of those that were killed."""
+    with database.connect(
+        params.admin_role, params.maintenance, application="runbook: left scratch databases"
+    ) as session:
+        # No comment yet, as in `drop`: killed before it got one.
+        rows = session.execute(
+            "SELECT datname, EXISTS (SELECT FROM pg_stat_activity a WHERE a.datid = d.oid), "
+            "CASE WHEN has_database_privilege(oid, 'CONNECT') THEN pg_database_size(oid) END FROM pg_database d "
+            "WHERE starts_with(datname, %s) AND starts_with(coalesce(shobj_description(oid, 'pg_database'), %s), %s) "
+            "ORDER BY 1",
+            (SCRATCH_PREFIX, _PROOF, _PROOF),
+        ).fetchall()
+    return [OfProof(*row) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """One moment of a database that several sessions read.
 
@@ -312,11 +344,7 @@ def prove_dump(
 
     Side effect: the scratch database is made, and dropped whatever happens.
     """
-    if source.get("format") != inventory.FORMAT:
-        raise UsageError(
-            f"the inventory has format {source.get('format')}, this version compares format {inventory.FORMAT}",
-            remedy="use the version of runbook that made the backup",
-        )
+    _refuse_other_format(source)
     if not dump_file.is_file() or dump_file.stat().st_size == 0:
         raise StepFailedError(f"{dump_file} is missing or empty", remedy="dump again")
     params = scratch.params
@@ -367,6 +395,14 @@ def prove_dump(
     }
 
 
+def _refuse_other_format(source: Mapping[str, Any]) -> None:
+    if source.get("format") != inventory.FORMAT:
+        raise UsageError(
+            f"the inventory has format {str(source.get('format'))[:80]}, this version compares format {inventory.FORMAT}",
+            remedy="use the version of runbook that made the backup",
+        )
+
+
 def _compared(scratch: ScratchDatabase, jobs: int, tables: int, told: progress.Told) -> dict[str, Any]:
     begun = 0
 
@@ -374,8 +410,18 @@ def _compared(scratch: ScratchDatabase, jobs: int, tables: int, told: progress.T
         nonlocal begun
         begun += 1  # a view: two threads at once may miss one
 
-    with told("comparing the restore", lambda: min(tables, max(0, begun - jobs)), total=tables, unit="tables"):
-        return scratch.inventory(jobs, keep_on=keep_on)
+    with (
+        told("comparing the restore", lambda: min(tables, max(0, begun - jobs)), total=tables, unit="tables"),
+        ThreadPoolExecutor(
+            1
+        ) as apart,  # who is interrupted while sessions read waits for each of them, to the last table
+    ):
+        read = apart.submit(scratch.inventory, jobs, keep_on=keep_on)
+        try:
+            return read.result()
+        except KeyboardInterrupt:
+            scratch.drop()  # ends them
+            raise
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -399,7 +445,7 @@ def asked_of(dump_file: Path, manifest: Mapping[str, Any]) -> tuple[str, Any, st
     """What a manifest says that a dump must be: its digest, its inventory, and the run that made it.
 
     Raises:
-        UsageError: this is no manifest, or one that was damaged; or there is no dump.
+        UsageError: this is no manifest, or one that was damaged, or of another version; or there is no dump.
     """
     try:
         dump = next((entry for entry in manifest["files"] if entry["kind"] == "dump"), None)
@@ -418,6 +464,7 @@ def asked_of(dump_file: Path, manifest: Mapping[str, Any]) -> tuple[str, Any, st
         ) from error
     if not os.path.isfile(dump_file):  # noqa: PTH113  # never raises: no file can have some names
         raise UsageError(f"there is no dump {dump_file}", remedy="give the path of the .dump file")
+    _refuse_other_format(source)
     return expected, source, run_id
 
 
@@ -426,14 +473,24 @@ def _refuse_damaged(source: Any) -> None:
     if not isinstance(source, dict):
         raise TypeError("inventory: it is no object")
     if source.get("format") != inventory.FORMAT:
-        return  # of another version, which `prove_dump` says
+        return  # of another version: that is said when there is a dump
     inventory.differences(source, source)  # it looks at all that a comparison looks at
-    for name, kind in (("size_bytes", int), ("not_provable", list)):
-        if not isinstance(source[name], kind):
-            raise TypeError(f"inventory.{name}: {str(source[name])[:80]!r}")
+    if not _is_size(source["size_bytes"]):
+        raise TypeError(f"inventory.size_bytes: {_short(source['size_bytes'])}")
+    if not isinstance(source["not_provable"], list):
+        raise TypeError(f"inventory.not_provable: {_short(source['not_provable'])}")
     for name, table in source["tables"].items():
         if not isinstance(table["rows"], int):
-            raise TypeError(f"inventory.tables.{name}.rows: {str(table['rows'])[:80]!r}")
+            raise TypeError(f"inventory.tables.{name}.rows: {_short(table['rows'])}")
+
+
+def _is_size(value: Any) -> TypeGuard[int]:
+    """True for a number of bytes that can be: not for one that no disk holds and no float takes."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _short(value: Any) -> str:
+    return repr(str(value)[:80])
 
 
 def prove_against_manifest(
@@ -457,8 +514,8 @@ def prove_against_manifest(
         free_ratio: the share of the dump's disk that stays free.
 
     Returns:
-        The JSON of `prove_dump` with `sha256`, `sha256_expected`, `ok`, which is true when digest and content agree, and
-        `why` when they do not.
+        The JSON of `prove_dump` with `sha256`, `sha256_expected`, `ok`, which is true when digest and content agree,
+        `why` when they do not, and the same in a word as `outcome`: `proved` or `not its source`.
 
     Raises:
         UsageError: this is no manifest, or a damaged one, or there is no dump.
@@ -466,7 +523,7 @@ def prove_against_manifest(
     """
     expected, source, run_id = asked_of(dump_file, manifest)
     token = random.token_hex(6)
-    scratch = ScratchDatabase(database, params, f"{SCRATCH_PREFIX}{token}", f"runbook proof {token} of {run_id}")
+    scratch = ScratchDatabase(database, params, f"{SCRATCH_PREFIX}{token}", f"{_PROOF}{token} of {run_id}")
     found = progress.sha256(dump_file, told)
     if found != expected:
         # Before any server sees it: what a dump holds is run there, as an administrator, and this one is somebody else's.
@@ -488,11 +545,18 @@ def prove_against_manifest(
             free_ratio=free_ratio,
         )
         why = [*report["differences"]]
-    return {**report, "sha256": found, "sha256_expected": expected, "ok": not why, "why": why}
+    return {
+        **report,
+        "sha256": found,
+        "sha256_expected": expected,
+        "ok": not why,
+        "why": why,
+        "outcome": "not its source" if why else "proved",
+    }
 
 
 def _unpacked_bytes(manifest: Mapping[str, Any]) -> int | None:
     """What the dump measured when its run proved it; older manifests do not say."""
     proof = manifest.get("proof")
     size = proof.get("unpacked_bytes") if isinstance(proof, dict) else None
-    return size if isinstance(size, int) else None
+    return size if _is_size(size) else None

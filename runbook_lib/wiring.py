@@ -144,7 +144,9 @@ def looking_around(params: Params) -> Iterator[Run]:
     draft = draft_of(params)
     with tempfile.TemporaryDirectory(prefix="runbook-") as scratch:
         folder = Path(scratch)
-        yield replace(draft, folder=folder, scratch=folder, services=_services(params, Secrets(), folder, folder))
+        # A command that went on would do so for nobody, and without the folder.
+        services = _services(params, Secrets(), folder, folder, left_on_interrupt=False)
+        yield replace(draft, folder=folder, scratch=folder, services=services)
 
 
 @contextmanager
@@ -432,7 +434,9 @@ def _run(params: Params, ledger: Ledger, run_id: str, release: Release) -> Run:
     )
 
 
-def _services(params: Params, secrets: Secrets, scratch: Path, folder: Path) -> Services:
+def _services(
+    params: Params, secrets: Secrets, scratch: Path, folder: Path, *, left_on_interrupt: bool = True
+) -> Services:
     def log_folder() -> Path:
         attempt = current_attempt()
         return attempt.folder if attempt is not None else folder / "logs" / "outside-steps"
@@ -446,7 +450,7 @@ def _services(params: Params, secrets: Secrets, scratch: Path, folder: Path) -> 
     store = params.backup.store
     messages = params.messages
     return Services(
-        shell=LocalShell(log_folder, secrets, {"PGAPPNAME": session_name(folder.name)}),
+        shell=LocalShell(log_folder, secrets, {"PGAPPNAME": session_name(folder.name)}, left_on_interrupt),
         chat=OutboxChat(_folder(messages.chat)),
         calendar=FolderCalendar(_folder(messages.calendar)),
         pages=FolderPages(_folder(messages.pages)),

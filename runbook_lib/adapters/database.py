@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,22 @@ from runbook_lib.errors import DeniedError, UnavailableError
 from runbook_lib.ledger import CUT_OFF
 
 _LIVENESS: dict[str, Any] = {"connect_timeout": 5, **CUT_OFF}
+
+
+@contextmanager
+def in_words(doing: str) -> Iterator[None]:
+    """Let the body say of its statements what `Database.connect` says of a session.
+
+    Raises:
+        UnavailableError: the session was cut, or the server had no room, no lock in time or too many sessions.
+        DeniedError: the server does not do this for this role.
+    """
+    try:
+        yield
+    except psycopg.Error as error:
+        said = " ".join(str(error).split())
+        kind = UnavailableError if isinstance(error, psycopg.OperationalError) else DeniedError
+        raise kind(f"{doing}: the server says: {said[:300]}", remedy="mend that on the server") from error
 
 
 @dataclass(frozen=True, slots=True)

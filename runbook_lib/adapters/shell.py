@@ -30,11 +30,14 @@ class LocalShell:
         folder: tells where the logs of the running step go.
         secrets: what must not stay in a log.
         env: what every command finds in its environment, under the command's own.
+        left_on_interrupt: whether a command goes on when this process is interrupted, since its step's next attempt finds it
+            again. Nobody finds one that belongs to no step.
     """
 
     folder: Callable[[], Path]
     secrets: Secrets
     env: Mapping[str, str] = field(default_factory=dict)
+    left_on_interrupt: bool = True
 
     def run(self, command: Command, *, name: str) -> Completed:
         """See `ports.Shell`."""
@@ -79,6 +82,11 @@ class LocalShell:
                 if isinstance(error, _StalledError):
                     said = f"{command.argv[0]} was ended since no byte came from it for {command.stall_s:g} s: it hangs ({name})"
                 raise StepFailedError(said, remedy=f"read {log}") from None
+            except KeyboardInterrupt:
+                if not self.left_on_interrupt:
+                    end_group(child.pid)
+                    child.wait()
+                raise
             finally:
                 self.secrets.redact_file(log)
         lock_file.unlink(missing_ok=True)

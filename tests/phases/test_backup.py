@@ -674,7 +674,7 @@ def _runbook(*words: str) -> subprocess.CompletedProcess[str]:
 
 def _impatient(*words: str) -> subprocess.CompletedProcess[str]:
     """A command that tells its progress from the first moment on."""
-    code = "from runbook_lib import cli, progress as p; p._EVERY_S = cli._PROGRESS_EVERY_S = 0.001; p._PATIENCE_S = 0; cli.main()"
+    code = "from runbook_lib import cli, progress as p, terminal; p._EVERY_S = terminal.PROGRESS_EVERY_S = 0.001; p._PATIENCE_S = 0; cli.main()"
     argv = (sys.executable, "-c", code, *words)
     return subprocess.run(argv, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
 
@@ -697,7 +697,9 @@ def test_a_dump_is_proved_later_by_command(opened: Open, twin: dict[str, Any], t
 
     assert good.returncode == 0, good.stderr
     assert json.loads(good.stdout)["ok"]
+    assert json.loads(good.stdout)["outcome"] == "proved"
     assert bad.returncode == 1
+    assert json.loads(bad.stdout)["outcome"] == "not its source"
     assert not json.loads(bad.stdout)["ok"]
     assert json.loads(bad.stdout)["why"]
     assert "✔ public.orders: " in shown.stdout

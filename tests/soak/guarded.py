@@ -760,8 +760,8 @@ _COMMANDS = (
     Guard(
         "a time-out ends a command with all that it started",
         _SHELL,
-        "end_group(child.pid)",
-        "child.kill()",
+        "subprocess.TimeoutExpired as error:\n                end_group(child.pid)",
+        "subprocess.TimeoutExpired as error:\n                child.kill()",
         (f"{_T_PROCESSES}a_time_out_ends_the_whole_group",),
     ),
     Guard(
@@ -1457,6 +1457,45 @@ _BACKUPS = (
         'raise UsageError(f"the proof is not begun: {lack}", remedy=one.remedy)',
         "pass",
         (f"{_T_BACKUP}a_dump_is_proved_later_by_command",),
+    ),
+    Guard(
+        "a proof by command that is ended drops what it restored",
+        "runbook_lib/backup_verbs.py",
+        "    terminal.ended_by_signals()",
+        "    pass",
+        ("tests/contracts/test_proof_command.py::test_who_ends_a_proof_leaves_nothing_of_production_behind",),
+    ),
+    Guard(
+        "what could not be tried is not called a bad dump",
+        "runbook_lib/backup_verbs.py",
+        "except (UnavailableError, DeniedError):",
+        "except ZeroDivisionError:",
+        (
+            "tests/contracts/test_proof_command.py::test_a_server_that_stops_says_nothing_of_the_dump_and_what_it_keeps_is_named",
+        ),
+    ),
+    Guard(
+        "who is interrupted while a restore is compared does not wait for all of it",
+        _RESTORE,
+        "scratch.drop()  # ends them",
+        "pass",
+        (
+            "tests/contracts/test_proof_command.py::test_who_is_interrupted_while_comparing_does_not_wait_for_the_rest_of_it",
+        ),
+    ),
+    Guard(
+        "a command of no step ends with whom it was for",
+        _SHELL,
+        "if not self.left_on_interrupt:",
+        "if False:",
+        (f"{_T_PROCESSES}who_is_interrupted_leaves_a_command_only_where_somebody_finds_it_again[False]",),
+    ),
+    Guard(
+        "what a killed proof left is named",
+        "runbook_lib/doctor.py",
+        "    if left:",
+        "    if False:",
+        ("tests/unit/test_doctor.py::test_what_a_killed_proof_left_is_named_with_how_to_drop_it",),
     ),
     Guard(
         "a failed step drops what it sent ahead",

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from runbook_lib import doctor, restore
 from runbook_lib.doctor import examine
 from runbook_lib.run import Run
 from tests.ledgers import LedgerServer
+from tests.project import wait_until
 from tests.unit.conftest import OpenRun
 
 
@@ -56,3 +58,30 @@ def test_one_who_may_not_is_named_before_the_night_of_the_release(
     volume = said(run, "scratch volume")
     assert not volume["ok"]
     assert "set backup.scratch_capacity_bytes" in volume["why"]
+
+
+def test_what_a_killed_proof_left_is_named_with_how_to_drop_it(run_with_database: Run) -> None:
+    run = run_with_database
+    params, database = run.params.database.model_copy(update={"production": "postgres"}), run.services.database
+
+    def scratch(name: str, mark: str) -> restore.ScratchDatabase:
+        return restore.ScratchDatabase(database, params, f"{restore.SCRATCH_PREFIX}{name}", mark)
+
+    left, of_a_run = scratch("left", "runbook proof left of r"), scratch("run", "runbook r")
+    try:
+        of_a_run.create()
+        with_a_runs = doctor._none_is_left(run)
+        left.create()
+        with database.connect(params.admin_role, left.name, application="a proof"):
+            at_work = doctor._none_is_left(run)
+        wait_until(lambda: not restore.of_proofs(database, params)[0].at_work, "the end of its session", 30)
+        afterwards = said(run, "scratch databases")
+    finally:
+        left.drop()
+        of_a_run.drop()
+
+    assert with_a_runs == "none is left over"
+    assert at_work == f"a proof is at work in {left.name}"
+    assert not afterwards["ok"]
+    assert afterwards["why"].startswith(f"killed proofs left {left.name} (")
+    assert afterwards["why"].endswith(f'Next: as postgres in postgres: DROP DATABASE "{left.name}"')

@@ -51,6 +51,20 @@ def test_a_time_out_ends_the_whole_group(shell: LocalShell, tmp_path: Path) -> N
     assert processes.start_time(child) is None
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_who_is_interrupted_leaves_a_command_only_where_somebody_finds_it_again(tmp_path: Path, left: bool) -> None:
+    shell = LocalShell(lambda: tmp_path, Secrets(), left_on_interrupt=left)
+    script = f"sleep 60 & echo $! > child; kill -INT {os.getpid()}; wait"
+
+    with pytest.raises(KeyboardInterrupt):
+        shell.run(Command(("sh", "-c", script), cwd=tmp_path), name="held")
+
+    child = int((tmp_path / "child").read_text())
+    goes_on = processes.start_time(child) is not None
+    processes.end_group(int((tmp_path / "held.pid").read_text().split()[0]))
+    assert goes_on == left
+
+
 def test_arguments_are_never_read_by_a_shell(shell: LocalShell, tmp_path: Path) -> None:
     done = shell.run(Command(("printf", "%s\n", "$(touch pwned); `id` | x", "-o"), cwd=tmp_path), name="literal")
 

@@ -22,7 +22,7 @@ NOBODY: Any = None  # a server that is asked for anything fails the test
 def test_a_dump_that_is_not_the_manifests_is_not_restored(tmp_path: Path) -> None:
     dump = tmp_path / "prod.dump"
     dump.write_bytes(b"somebody else's")
-    manifest = {"files": [{"kind": "dump", "source_sha256": sha256(b"ours")}], "inventory": {}, "run": "run-1"}
+    manifest = _whole()
 
     report = restore.prove_against_manifest(dump, manifest, database=NOBODY, params=NOBODY, shell=NOBODY, timeout_s=1.0)
 
@@ -61,6 +61,9 @@ def _whole() -> dict[str, Any]:
         (("inventory",), [], "inventory: it is no object"),
         (("inventory", "size_bytes"), ..., "'size_bytes' is missing"),
         (("inventory", "size_bytes"), "much", "inventory.size_bytes: 'much'"),
+        (("inventory", "size_bytes"), True, "inventory.size_bytes: 'True'"),
+        (("inventory", "size_bytes"), -1, "inventory.size_bytes: '-1'"),
+        (("inventory", "size_bytes"), 10**400, "inventory.size_bytes: '1000"),
         (("inventory", "not_provable"), None, "inventory.not_provable: 'None'"),
         (("inventory", "tables"), [], "list"),
         (("inventory", "tables", "public.orders"), 3, "int"),
@@ -92,6 +95,26 @@ def test_a_damaged_manifest_is_refused_in_words_and_before_any_work(
         restore.asked_of(dump, manifest)
 
     assert says in refused.value.message
+
+
+@pytest.mark.parametrize("size_bytes", ["1 GB", None, pytest.param(10**400, id="huge")])
+def test_an_inventory_of_another_format_is_refused_whatever_is_in_it(tmp_path: Path, size_bytes: Any) -> None:
+    dump, manifest = tmp_path / "prod.dump", _whole()
+    dump.write_bytes(b"ours")
+    manifest["inventory"] |= {"format": 3, "size_bytes": size_bytes}
+
+    with pytest.raises(UsageError, match="the inventory has format 3"):
+        restore.asked_of(dump, manifest)
+
+
+@pytest.mark.parametrize("said", [pytest.param(10**400, id="huge"), -1, True, "much", None])
+def test_a_size_that_cannot_be_is_none(tmp_path: Path, said: Any) -> None:
+    dump = tmp_path / "prod.dump"
+    dump.write_bytes(restore._ZSTD)
+
+    found = restore.unpacked_bytes(dump, {**_whole(), "proof": {"unpacked_bytes": said}})
+
+    assert found == 2 * 8_000_000
 
 
 @pytest.mark.parametrize(("spare", "fits"), [(3 << 20, True), ((2 << 20) + 300, False), (0, False)])
