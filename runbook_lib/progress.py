@@ -12,7 +12,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import asdict, dataclass
@@ -119,6 +120,24 @@ def sha256(path: Path, tell: Told) -> str:
     """SHA-256 of a file's content as 64 hex digits; how far it is read is told."""
     with path.open("rb", buffering=0) as file, tell(f"{path.name}, hashed", file.tell, total=path.stat().st_size):
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def hashing(paths: Iterable[Path], tell: Told, *, at_once: int = 1) -> Iterator[dict[Path, Future[str]]]:
+    """Hash files beside the body; gives for each the SHA-256 to come, `missing` when it is not there.
+
+    Args:
+        at_once: how many at a time.
+    """
+
+    def digest(path: Path) -> str:
+        return sha256(path, tell) if path.is_file() else "missing"
+
+    pool = ThreadPoolExecutor(at_once, thread_name_prefix="hashing")
+    try:
+        yield {path: pool.submit(copy_context().run, digest, path) for path in paths}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # when the body failed, nobody waits for the rest
 
 
 class Items:

@@ -322,6 +322,7 @@ def prove_dump(
     told: progress.Told = progress.untold,
     plain: Path | None = None,
     free_ratio: float = 0.0,
+    before_restore: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Restore a dump into the scratch database and compare it with the inventory of its source.
 
@@ -333,6 +334,8 @@ def prove_dump(
         told: where progress goes.
         plain: where the dump is unpacked; by default `plain_of` it.
         free_ratio: the share of its disk that stays free while it is.
+        before_restore: called when the dump was read and no server has seen it: what it raises keeps it that way. What a
+            dump holds is run there, as an administrator.
 
     Returns:
         JSON: `equal`, `differences`, `not_provable`, `tables` (table, rows, restored_rows, same), `entries`, `unpacked_bytes`
@@ -360,6 +363,7 @@ def prove_dump(
         if unpacked == dump_file or unpacked.is_dir():  # unpacking by zstd has read every byte, with its checksum
             with told("dump, read to its end", lambda: int(time.monotonic() - began), unit="s"):
                 shell.run(postgres.read_through(unpacked, timeout_s=timeout_s), name="pg_restore-read")
+        before_restore()
         read = time.monotonic()
         try:
             scratch.create()

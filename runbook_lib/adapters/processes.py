@@ -196,15 +196,20 @@ def _wait_lock(deadline: float, record: Path) -> None:
 
 
 def _wait(pid: int, deadline: float, record: Path) -> None:
+    if not ended_within(pid, deadline - time.monotonic()):
+        raise PausedError(f"its command (pid {pid}, {record.stem}) still runs", remedy=_WAIT)
+
+
+def ended_within(pid: int, seconds: float) -> bool:
+    """Wait for a process to end, without looking again and again; True as soon as it has, or is not there."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
-        return
+        return True
     try:
         poll = select.poll()
         poll.register(handle, select.POLLIN)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise PausedError(f"its command (pid {pid}, {record.stem}) still runs", remedy=_WAIT)
+        return bool(poll.poll(max(0.0, seconds) * 1000))
     finally:
         os.close(handle)
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runbook_lib.adapters.processes import WRAPPER, end_group, environment, out_of_memory_kills
+from runbook_lib.adapters.processes import WRAPPER, end_group, ended_within, environment, out_of_memory_kills
 from runbook_lib.adapters.secrets import Secrets
 from runbook_lib.errors import StepFailedError, UnavailableError, UsageError
 from runbook_lib.model import Command, Completed
@@ -110,16 +110,17 @@ class _StalledError(subprocess.TimeoutExpired):
 
 def _wait(child: subprocess.Popen[bytes], command: Command, outputs: tuple[Path, ...]) -> int:
     if command.stall_s is None:
-        return child.wait(timeout=command.timeout_s)
+        if not ended_within(child.pid, command.timeout_s):
+            raise subprocess.TimeoutExpired(command.argv, command.timeout_s)
+        return child.wait()
     deadline = time.monotonic() + command.timeout_s
     pause_s = min(1.0, command.stall_s / 4)
     before, silent_s = -1, 0.0
     while silent_s < command.stall_s:
-        try:
-            return child.wait(timeout=max(0.0, min(pause_s, deadline - time.monotonic())))
-        except subprocess.TimeoutExpired:
-            if time.monotonic() >= deadline:
-                raise
+        if ended_within(child.pid, min(pause_s, deadline - time.monotonic())):
+            return child.wait()
+        if time.monotonic() >= deadline:
+            raise subprocess.TimeoutExpired(command.argv, command.timeout_s)
         written = sum(path.stat().st_size for path in outputs)
         # Looks are counted and not the clock: a machine that slept has not given the command its time.
         before, silent_s = written, silent_s + pause_s if written == before else 0.0

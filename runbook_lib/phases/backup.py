@@ -299,32 +299,39 @@ def validate_backup(run: Run) -> StepResult:
     """A listing proves nothing: the dump is restored and compared table by table, the archives file by file."""
     source = off_site.inventory_of(run)
     dump, was_dumped = on_disk.dump_path(run), off_site.fact(run, dump_database.key(), "sha256")
+    archives = {host: on_disk.archive_path(run, host) for host in _hosts(run)}
     tell = partial(progress.told, run.scratch)
-    if not dump.is_file() or progress.sha256(dump, tell) != was_dumped:
-        # Before any server sees it: what a dump holds is run there, as an administrator.
-        raise StepFailedError(
-            f"{dump} is not what was dumped, or is gone: it was not restored",
-            remedy="do not deploy: abort this run, find out why, open a new one",
-        )
-    report: dict[str, Any] = {
-        "dump": restore.prove_dump(
-            on_disk.dump_path(run),
-            source,
-            scratch=scratch_database(run),
-            shell=run.services.shell,
-            timeout_s=run.params.backup.timeout_s,
-            jobs=run.params.backup.jobs,
-            unpacked_bytes=on_disk.last_time(run, validate_backup.key(), "unpacked bytes"),
-            told=tell,
-            free_ratio=run.params.backup.free_ratio,
-        ),
-        "archives": {},
-    }
-    problems = list(report["dump"]["differences"])
-    for host in _hosts(run):
+    with progress.hashing([dump, *archives.values()], tell) as digests:
+
+        def refuse_another() -> None:
+            if digests[dump].result() != was_dumped:
+                raise StepFailedError(
+                    f"{dump} is not what was dumped, or is gone: it was not restored",
+                    remedy="do not deploy: abort this run, find out why, open a new one",
+                )
+
+        try:
+            proved = restore.prove_dump(
+                dump,
+                source,
+                scratch=scratch_database(run),
+                shell=run.services.shell,
+                timeout_s=run.params.backup.timeout_s,
+                jobs=run.params.backup.jobs,
+                unpacked_bytes=on_disk.last_time(run, validate_backup.key(), "unpacked bytes"),
+                told=tell,
+                free_ratio=run.params.backup.free_ratio,
+                before_restore=refuse_another,
+            )
+        except StepFailedError:
+            refuse_another()  # then that it cannot be read is no wonder
+            raise
+        found = {path: digest.result() for path, digest in digests.items()}
+    report: dict[str, Any] = {"dump": proved, "archives": {}}
+    problems = list(proved["differences"])
+    for host, path in archives.items():
         # It was unpacked and compared file by file when it was written: the same bytes hold the same files.
-        path, was = on_disk.archive_path(run, host), off_site.fact(run, archive_files.key(host), "sha256")
-        now = progress.sha256(path, tell) if path.is_file() else "missing"
+        now, was = found[path], off_site.fact(run, archive_files.key(host), "sha256")
         report["archives"][host] = {"files": run.state.fact(archive_files.key(host), "files"), "sha256": now}
         if now != was:
             problems.append(f"{path.name} has sha256 {now}, it had {was} when it was compared with its source")
@@ -445,9 +452,11 @@ def compare_hashes(run: Run) -> StepResult:
     hosts = {on_disk.archive_path(run, host).name: host for host in _hosts(run)}
     dump, entries, unequal = on_disk.dump_path(run), [], []
     tell = partial(progress.told, run.scratch)
-    for path, source in off_site.copies(run):
-        copy = remote.get(path.name, {})
-        local = progress.sha256(path, tell) if path.is_file() else "missing"
+    copies = off_site.copies(run)
+    with progress.hashing([path for path, _ in copies], tell, at_once=2) as digests:
+        locals_ = {path: digest.result() for path, digest in digests.items()}
+    for path, source in copies:
+        copy, local = remote.get(path.name, {}), locals_[path]
         equal = source == local == copy.get("sha256")
         if not equal:
             unequal.append(

@@ -138,7 +138,16 @@ def test_a_dump_that_changed_since_is_not_restored(opened: Open, monkeypatch: py
     _backed_up(one)
     with backup_files.dump_path(one.run).open("ab") as dump:
         dump.write(b"more")
-    monkeypatch.setattr(restore, "prove_dump", None)
+    monkeypatch.setattr(restore.ScratchDatabase, "create", None)
+
+    with pytest.raises(StepFailedError, match="is not what was dumped, or is gone: it was not restored"):
+        backup.validate_backup(one.run)
+
+
+def test_a_dump_that_cannot_be_read_and_is_another_is_told_as_another(opened: Open) -> None:  # noqa: F811
+    one = opened()
+    _backed_up(one)
+    os.truncate(backup_files.dump_path(one.run), 1000)
 
     with pytest.raises(StepFailedError, match="is not what was dumped, or is gone: it was not restored"):
         backup.validate_backup(one.run)

@@ -1412,8 +1412,8 @@ _BACKUPS = (
     Guard(
         "a dump that changed since is not restored",
         _BACKUP,
-        "if not dump.is_file() or progress.sha256(dump, tell) != was_dumped:",
-        "if False:",
+        "            if digests[dump].result() != was_dumped:\n",
+        "            if False:\n",
         (f"{_T_BACKUP}a_dump_that_changed_since_is_not_restored",),
     ),
     Guard(

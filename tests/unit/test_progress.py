@@ -134,6 +134,16 @@ def test_nothing_fails_because_it_is_watched(tmp_path: Path, at_once: None) -> N
     assert progress.now(tmp_path) == []
 
 
+def test_files_are_hashed_beside_other_work(tmp_path: Path) -> None:
+    file, gone = tmp_path / "a", tmp_path / "b"
+    file.write_bytes(b"a" * 100_000)
+
+    with progress.hashing([file, gone], progress.untold) as digests:
+        found = {path: digest.result() for path, digest in digests.items()}
+
+    assert found == {file: sha256_file(file), gone: "missing"}
+
+
 def test_a_file_is_hashed_and_how_far_it_is_read_is_told(tmp_path: Path) -> None:
     file, told = tmp_path / "one.dump", []
     file.write_bytes(bytes(range(256)) * 4000)
