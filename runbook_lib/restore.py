@@ -414,11 +414,10 @@ def _compared(scratch: ScratchDatabase, jobs: int, tables: int, told: progress.T
         nonlocal begun
         begun += 1  # a view: two threads at once may miss one
 
+    # Apart from this thread: who is interrupted while sessions read waits for each of them, to the last table.
     with (
         told("comparing the restore", lambda: min(tables, max(0, begun - jobs)), total=tables, unit="tables"),
-        ThreadPoolExecutor(
-            1
-        ) as apart,  # who is interrupted while sessions read waits for each of them, to the last table
+        ThreadPoolExecutor(1) as apart,
     ):
         read = apart.submit(scratch.inventory, jobs, keep_on=keep_on)
         try:
