@@ -463,6 +463,7 @@ def takeover(
     A run that holds no environment (before phase 1, or ended) only changes hands.
     """
     from runbook_lib import lease, wiring
+    from runbook_lib.canonical import digest
 
     if not reason.strip():
         raise UsageError("a takeover needs its reason", remedy="give --reason TEXT")
@@ -471,12 +472,16 @@ def takeover(
     except FolderLostError:
         with wiring.without_folder(run_id) as run:
             fenced = lease.take_over(run, reason=reason)
-            following, summary = "abort", {"run": run_id, "state": run.state.status, "record": None}
+            state = run.state
+            if digest(run.params.frozen()) != state.opened["params_sha256"]:
+                say("the params file has changed since the run was opened: look whether the run had other targets")
+            following = "list" if state.ended else f"abort {run_id}"
+            summary = {"run": run_id, "state": state.status, "record": None}
     else:
         fenced = lease.take_over(run, reason=reason)
-        following, summary = "review" if run.state.ended else "resume", _summary(run)
+        following, summary = f"{'review' if run.state.ended else 'resume'} {run_id}", _summary(run)
     where = ", ".join(fenced) or "the ledger alone, since the run holds no environment"
-    say(f"shut out at: {where}. Next: runbook {following} {run_id}")
+    say(f"shut out at: {where}. Next: runbook {following}")
     if json:
         print_json({**summary, "fenced": fenced})
 

@@ -90,7 +90,8 @@ def _none_is_left(run: Run) -> str:
         sizes = ", ".join(f"{one.name}" + (f" ({one.size_bytes:,} bytes)" if one.size_bytes else "") for one in left)
         drops = "; ".join(f'DROP DATABASE "{one.name}"' for one in left)
         raise UsageError(
-            f"killed proofs left {sizes}", remedy=f"as {params.admin_role} in {params.maintenance}: {drops}"
+            f"killed proofs left {sizes}",
+            remedy=f"when no proof is at work: as {params.admin_role} in {params.maintenance}: {drops}",
         )
     return f"a proof is at work in {', '.join(one.name for one in found)}" if found else "none is left over"
 

@@ -59,6 +59,10 @@ def _push(run: Run, ended: str) -> None:
     at_work = (s for key, s in run.state.steps.items() if s.status is Status.RUNNING and key != ended)
     writing = tuple(f"{step.intent['children']}/" for step in at_work)
     record = _record(run.folder)
+    if record is not None and "params.json" not in record:
+        said = "the folder was not mirrored: it is sealed, and its statement cannot be read"
+        run.ledger.append(run.run_id, "note", {"text": said})
+        return
     try:
         note = _read_note(run.scratch)
         known = set(note["known"])
@@ -67,10 +71,18 @@ def _push(run: Run, ended: str) -> None:
             name = path.relative_to(run.folder).as_posix()
             if name.startswith(writing) or path.name.startswith(".") or path.suffix in _LEFT_OUT:
                 continue
-            if record is not None and name not in record and not name.startswith(_REVIEW):
-                continue  # nobody's record gets what its statement does not name
+            if record is not None and name not in (STATEMENT, SEAL) and not name.startswith(_REVIEW):
+                continue  # nobody's record gets anything but what its statement names
             if path.is_file():
                 files[name] = _put(run, path, known)
+        for name, sealed in (record or {}).items():
+            path = run.folder / name
+            if sealed not in known and path.is_file() and sha256_file(path) == sealed:
+                _put(run, path, known)
+            if (
+                sealed in known
+            ):  # also of a file that is lost here, or was changed: the store has the one that was sealed
+                files[name] = str(sealed)
         listing = canonical_json({"run": run.run_id, "files": files})
         digest = sha256(listing)
         if digest != note["list"]:
@@ -142,7 +154,7 @@ def fetch(store: ObjectStore, events: Sequence[Event], folder: Path, scratch: Pa
         there = target.is_file()
         if there and ours and (name not in named or at_work):
             continue
-        if record is not None and (there or record.get(name) != wanted) and not name.startswith(_REVIEW):
+        if record is not None and (there or not _of(record, name, wanted)) and not name.startswith(_REVIEW):
             continue
         if there and sha256_file(target) == wanted:
             continue
@@ -168,6 +180,11 @@ def _stated(folder: Path) -> dict[str, str | None]:
         subject = json.loads((folder / STATEMENT).read_bytes())["subject"]
         named |= {str(one["name"]): str(one["digest"]["sha256"]) for one in subject}
     return named
+
+
+def _of(record: Mapping[str, str | None], name: str, digest: str) -> bool:
+    """True for a file of a sealed record; of the statement and its signature nothing says which they are."""
+    return name in record and record[name] in (None, digest)
 
 
 def _set_aside(folder: Path, scratch: Path) -> None:
@@ -234,8 +251,13 @@ def refuse_missing(run: Run) -> None:
     """
     if not is_shared(run.params):
         return
-    for path, (_, event) in _named(run.ledger.events(run.run_id)).items():
+    for path, (digest, event) in _named(run.ledger.events(run.run_id)).items():
         if event.data.get("status") != "failed" and not (run.folder / path).is_file():
+            # Who asks at a gate stores its evidence and puts no list.
+            content = _got(run.services.store, run.run_id, digest, run.scratch)
+            if content is not None:
+                write_atomically(run.folder / path, content)
+                continue
             raise PausedError(
                 f"{path}, which event {event.seq} names, is neither here nor in the store",
                 remedy=f"runbook resume {run.run_id} on the machine that has it; if that one is lost: "
@@ -303,6 +325,7 @@ def _get(store: ObjectStore, run_id: str, digest: str, scratch: Path) -> bytes:
 def _got(store: ObjectStore, run_id: str, digest: str, scratch: Path) -> bytes | None:
     """Get what no list names yet, if it is there and the store answers."""
     try:
+        scratch.mkdir(parents=True, exist_ok=True)
         if store.find(_key(run_id, digest)) is not None:
             return _get(store, run_id, digest, scratch)
     except StepFailedError:

@@ -26,6 +26,7 @@ from runbook_lib.canonical import canonical_json
 from runbook_lib.pages import seconds, size, text
 
 _EVERY_S = 1.0
+_BLOCK_BYTES = 256 << 10
 _STALE_S = 10.0
 # Short of this nobody waits, and nothing is shown.
 _PATIENCE_S = 2.0
@@ -118,26 +119,38 @@ def told(
 
 def sha256(path: Path, tell: Told) -> str:
     """SHA-256 of a file's content as 64 hex digits; how far it is read is told."""
+    return _hashed(path, tell, threading.Event())
+
+
+def _hashed(path: Path, tell: Told, stop: threading.Event) -> str:
+    """SHA-256 of a file; of a part of it when it is told to stop."""
+    digest, block = hashlib.sha256(), bytearray(_BLOCK_BYTES)
     with path.open("rb", buffering=0) as file, tell(f"{path.name}, hashed", file.tell, total=path.stat().st_size):
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while not stop.is_set() and (size_bytes := file.readinto(block)):
+            digest.update(memoryview(block)[:size_bytes])
+    return digest.hexdigest()
 
 
 @contextmanager
 def hashing(paths: Iterable[Path], tell: Told, *, at_once: int = 1) -> Iterator[dict[Path, Future[str]]]:
     """Hash files beside the body; gives for each the SHA-256 to come, `missing` when it is not there.
 
+    What nobody has asked for when the body ends is not hashed to its end.
+
     Args:
         at_once: how many at a time.
     """
+    stop = threading.Event()
 
     def digest(path: Path) -> str:
-        return sha256(path, tell) if path.is_file() else "missing"
+        return _hashed(path, tell, stop) if path.is_file() else "missing"
 
-    pool = ThreadPoolExecutor(at_once, thread_name_prefix="hashing")
-    try:
-        yield {path: pool.submit(copy_context().run, digest, path) for path in paths}
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # when the body failed, nobody waits for the rest
+    with ThreadPoolExecutor(at_once, thread_name_prefix="hashing") as pool:
+        try:
+            yield {path: pool.submit(copy_context().run, digest, path) for path in paths}
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Items:

@@ -159,7 +159,7 @@ def without_folder(run_id: str) -> Iterator[Run]:
     ledger, _ = ledger_with(run_id)
     release = release_of(ledger.state(run_id))
     params = load_params(release.environment)
-    if ledger_of(params).url != ledger.url:
+    if not ledger_of(params).seq(run_id):
         raise UsageError(
             f"params/{release.environment}.yml names another ledger than that of run {run_id}",
             remedy="name that one there, then the same again",

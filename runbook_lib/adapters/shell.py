@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -110,14 +111,14 @@ class _StalledError(subprocess.TimeoutExpired):
 
 def _wait(child: subprocess.Popen[bytes], command: Command, outputs: tuple[Path, ...]) -> int:
     if command.stall_s is None:
-        if not ended_within(child.pid, command.timeout_s):
+        if not _ended_within(child, command.timeout_s):
             raise subprocess.TimeoutExpired(command.argv, command.timeout_s)
         return child.wait()
     deadline = time.monotonic() + command.timeout_s
     pause_s = min(1.0, command.stall_s / 4)
     before, silent_s = -1, 0.0
     while silent_s < command.stall_s:
-        if ended_within(child.pid, min(pause_s, deadline - time.monotonic())):
+        if _ended_within(child, min(pause_s, deadline - time.monotonic())):
             return child.wait()
         if time.monotonic() >= deadline:
             raise subprocess.TimeoutExpired(command.argv, command.timeout_s)
@@ -125,3 +126,12 @@ def _wait(child: subprocess.Popen[bytes], command: Command, outputs: tuple[Path,
         # Looks are counted and not the clock: a machine that slept has not given the command its time.
         before, silent_s = written, silent_s + pause_s if written == before else 0.0
     raise _StalledError(command.argv, command.stall_s)
+
+
+def _ended_within(child: subprocess.Popen[bytes], seconds: float) -> bool:
+    try:
+        return ended_within(child.pid, seconds)
+    except OSError:  # Linux before 5.3, a container that forbids it, or no descriptor is left: the command is at work
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=max(0.0, seconds))
+        return child.returncode is not None

@@ -472,7 +472,7 @@ def compare_hashes(run: Run) -> StepResult:
                 "bytes": path.stat().st_size if path.is_file() else 0,
                 **{name: run.state.fact(made_by, name) for name in ("duration_s", "throughput", "packed by")},
                 "source_sha256": source,
-                "local": {"path": str(path), "sha256": local},
+                "local": {"path": _where(run, path), "sha256": local},
                 "remote": {
                     name: copy.get(name) for name in ("key", "version_id", "sha256", "encryption", "retained_until")
                 },
@@ -513,6 +513,11 @@ def compare_hashes(run: Run) -> StepResult:
     copy = off_site.put_manifest(run, run.folder / kept.path)
     facts["manifest off site"] = {name: copy[name] for name in ("key", "version_id", "retained_until")}
     return StepResult(facts=facts, artifacts=(kept,))
+
+
+def _where(run: Run, path: Path) -> str:
+    """Of what lies in the run's folder, where it is in there: another machine's folder is another one, the manifest is not."""
+    return path.relative_to(run.folder).as_posix() if path.is_relative_to(run.folder) else str(path)
 
 
 @compare_hashes.plan

@@ -367,6 +367,21 @@ def test_a_cell_goes_forward_on_no_such_file_either_however_often_it_is_run(shar
     assert acts.times == 0
 
 
+def test_what_another_door_asked_about_is_fetched_by_the_cell_that_needs_it(shared: OpenRun, tmp_path: Path) -> None:
+    """Whoever opens a round puts no list: who lives on does not see it as newer than his own."""
+    here = shared()
+    mirror.push(here)
+    there = on_another_machine(here, tmp_path)
+    asked_in(there)
+    evidence = "artifacts/gates/backup-1.json"
+    for path in ("artifacts/backup/manifest.json", evidence):
+        mirror.put(there, path, (there.folder / path).read_bytes())
+
+    assert Acts().step()(here).status == "green"
+
+    assert (here.folder / evidence).read_bytes() == (there.folder / evidence).read_bytes()
+
+
 def on_another_machine(run: Run, folder: Path) -> Run:
     """The run as another machine has it, fetched now."""
     there = replace(run, folder=folder / "run", scratch=folder / "scratch", ledger=Ledger(run.ledger.url))
@@ -475,12 +490,29 @@ def test_what_a_sealed_record_lost_comes_back_and_what_it_never_had_does_not(sha
     executor.abort(here, reason="enough")
     there = on_another_machine(here, tmp_path)
     shutil.copy(here.trust, there.trust)
-    (there.folder / "checklist.html").unlink()
-    (there.folder / "params.json").unlink()
+    for name in ("checklist.html", "params.json", "statement.json"):
+        (there.folder / name).unlink()
 
-    mirror.fetch(there.services.store, there.ledger.events(here.run_id), there.folder, there.scratch)
+    for _ in range(2):  # without the statement nobody knows what else is of the record
+        mirror.fetch(there.services.store, there.ledger.events(here.run_id), there.folder, there.scratch)
 
     assert wrong(there) == []
+
+
+@pytest.mark.parametrize("spoilt", ["statement.json", "checklist.html"])
+def test_a_record_that_was_spoilt_here_is_spoilt_nowhere_else(shared: OpenRun, tmp_path: Path, spoilt: str) -> None:
+    here = shared()
+    executor.abort(here, reason="enough")
+    (here.folder / spoilt).write_bytes(b"")
+
+    with lease.held(here):
+        (here.folder / "review").mkdir(exist_ok=True)
+        (here.folder / "review" / "08_review.ipynb").write_text("looked back")
+        mirror.push(here)
+    third = on_another_machine(here, tmp_path)
+
+    shutil.copy(here.trust, third.trust)
+    assert [where for where in wrong(third) if not where.startswith("review/")] == []
 
 
 def test_what_another_machine_has_sealed_otherwise_is_not_written_over_here(store: S3Store, tmp_path: Path) -> None:

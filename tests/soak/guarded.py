@@ -1033,7 +1033,7 @@ _MACHINES = (
     Guard(
         "a sealed record gets only what it names",
         _MIRROR,
-        "if record is not None and (there or record.get(name) != wanted) and not name.startswith(_REVIEW):",
+        "if record is not None and (there or not _of(record, name, wanted)) and not name.startswith(_REVIEW):",
         "if record is not None and there and not name.startswith(_REVIEW):",
         (f"{_T_MIRROR}a_sealed_record_gets_no_file_that_it_does_not_name",),
     ),
@@ -1047,7 +1047,7 @@ _MACHINES = (
     Guard(
         "what a sealed record does not name is sent to nobody",
         _MIRROR,
-        "if record is not None and name not in record and not name.startswith(_REVIEW):",
+        "if record is not None and name not in (STATEMENT, SEAL) and not name.startswith(_REVIEW):",
         "if False:",
         (f"{_T_MIRROR}what_a_lost_machine_never_sent_gets_into_no_sealed_record",),
     ),
@@ -1105,8 +1105,8 @@ _MACHINES = (
     Guard(
         "a sealed record is not written over by its copy",
         _MIRROR,
-        "if record is not None and (there or record.get(name) != wanted) and not name.startswith(_REVIEW):",
-        "if record is not None and record.get(name) != wanted and not name.startswith(_REVIEW):",
+        "if record is not None and (there or not _of(record, name, wanted)) and not name.startswith(_REVIEW):",
+        "if record is not None and not _of(record, name, wanted) and not name.startswith(_REVIEW):",
         (f"{_T_MIRROR}a_sealed_record_is_not_written_to",),
     ),
     Guard(

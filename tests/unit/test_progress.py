@@ -144,6 +144,17 @@ def test_files_are_hashed_beside_other_work(tmp_path: Path) -> None:
     assert found == {file: sha256_file(file), gone: "missing"}
 
 
+def test_who_fails_beside_the_hashing_waits_for_no_file(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    with file.open("wb") as big:
+        big.truncate(1 << 40)  # an hour's reading
+
+    with pytest.raises(KeyError), progress.hashing([file], progress.untold):
+        raise KeyError
+
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hashing")]
+
+
 def test_a_file_is_hashed_and_how_far_it_is_read_is_told(tmp_path: Path) -> None:
     file, told = tmp_path / "one.dump", []
     file.write_bytes(bytes(range(256)) * 4000)
