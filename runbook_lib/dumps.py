@@ -14,6 +14,7 @@ import psycopg
 from runbook_lib import backup_files as on_disk
 from runbook_lib import progress
 from runbook_lib.adapters import inventory
+from runbook_lib.adapters.database import in_words
 from runbook_lib.adapters.table_files import TableFiles, moved, table_files
 from runbook_lib.canonical import canonical_json, write_atomically
 from runbook_lib.commands import postgres
@@ -65,12 +66,11 @@ def unmoved(run: Run, tables: TableFiles) -> Iterator[None]:
     """
     try:
         yield
-    except (psycopg.ProgrammingError, StepFailedError) as error:
+    except (psycopg.Error, StepFailedError) as error:
         # What pg_dump or the inventory could not find may be what was dropped meanwhile.
-        try:
+        names = []
+        with contextlib.suppress(StepFailedError):  # nobody answers: what failed says why
             names = now_moved(run, tables)
-        except StepFailedError:
-            raise error from None
         if names:
             raise _moved(run, names) from error
         raise
@@ -81,7 +81,7 @@ def unmoved(run: Run, tables: TableFiles) -> Iterator[None]:
 
 def now_moved(run: Run, tables: TableFiles) -> list[str]:
     """The tables of the snapshot that are not what they were, in words."""
-    with contextlib.closing(_session(run)) as connection:
+    with in_words("the look at the tables behind the dump"), contextlib.closing(_session(run)) as connection:
         inventory.prepare(connection)
         return moved(tables, table_files(connection))
 

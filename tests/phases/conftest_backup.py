@@ -92,6 +92,9 @@ def opened(
     (home / "runbooks").mkdir(parents=True)
     (home / "params").mkdir()
     text = (PROJECT / "params" / "rehearsal.yml").read_text()
+    ledger = new_ledger()
+    if ledger:
+        text += f"\nledger: {ledger}\n"
     (home / "params" / "rehearsal.yml").write_text(text.replace("facts: .rehearsal/stack.json", "facts: stack.json"))
     # Where steps leave things each test has its own place; servers and hosts are the twin's.
     backups = tmp_path / "backups"
@@ -115,11 +118,8 @@ def opened(
             monkeypatch.setattr(step, "before", ())
             monkeypatch.setattr(step, "guard", None)
 
-    ledger = new_ledger()
-    shared = {"ledger": ledger} if ledger else {}
-
     def open_one(version: str = "next", **settings: str) -> Opened:
-        given = {**shared, **{name.replace("__", "."): value for name, value in settings.items()}}
+        given = {name.replace("__", "."): value for name, value in settings.items()}
         draft = wiring.preview("rehearsal", version, settings=given)
         return Opened(wiring.create(draft, plan=plan_of(draft)))
 
