@@ -135,12 +135,9 @@ def _read_only_disk(walk: Walk, _number: int) -> Callable[[], None]:
     return lambda: subprocess.run(("mount", "-o", "remount,rw", disk), check=True) and None
 
 
-def _restart(program: str) -> Begin:
-    def begin(walk: Walk, _pid: int) -> Callable[[], None]:
-        walk.world.stop_and_start(program)
-        return lambda: None
-
-    return begin
+def _restart_database(walk: Walk, _pid: int) -> Callable[[], None]:
+    walk.world.restart_database()  # or the step would be run again before the fault has ended
+    return lambda: None
 
 
 def _restart_ledger(walk: Walk, _pid: int) -> Callable[[], None]:
@@ -197,7 +194,7 @@ FAULTS = (
     Fault("clock set by - 1 d meanwhile", _ANY, within=_jump(timedelta(days=-1))),
     Fault("asleep for 2 s", _ANY, beside=_asleep(2)),
     Fault("asleep for 60 s", _ANY, beside=_asleep(60), only=("backup.dump_database", "migrate.migrate_production")),
-    Fault("database restarted", _ANY, beside=_restart("postgres"), only=_DATABASE_STEPS),
+    Fault("database restarted", _ANY, beside=_restart_database, only=_DATABASE_STEPS),
     Fault("database refuses", _ANY, first=_proxy("database", "refuse"), only=_DATABASE_STEPS),
     Fault("database cut in its greeting", _ANY, first=_proxy("database", "cut 300"), only=_DATABASE_STEPS),
     Fault("database cut later", _ANY, first=_proxy("database", "cut 3000"), only=_DATABASE_STEPS),

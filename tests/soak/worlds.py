@@ -99,10 +99,11 @@ class World:
         with contextlib.suppress(xmlrpc.client.Fault):
             supervisor._ask(self.twin).stopProcess(program)
 
-    def stop_and_start(self, program: str) -> None:
-        """Restart one of the twin's servers."""
-        self._stop(program)
-        supervisor.start(self.twin, program)
+    def restart_database(self) -> None:
+        """Restart the twin's PostgreSQL; it answers again afterwards."""
+        self._stop("postgres")
+        supervisor.start(self.twin, "postgres")
+        supervisor.wait_for(self.twin, "postgres", lambda: self._query("postgres", "SELECT 1"), timeout_s=60)
 
     def _listed(self, path: Path) -> Any:
         """Names, or lines, with what is random or the time of day taken out."""
