@@ -79,9 +79,8 @@ def _push(run: Run, ended: str) -> None:
             path = run.folder / name
             if sealed not in known and path.is_file() and sha256_file(path) == sealed:
                 _put(run, path, known)
-            if (
-                sealed in known
-            ):  # also of a file that is lost here, or was changed: the store has the one that was sealed
+            # Also of a file that is lost here, or was changed: the store has the one that was sealed.
+            if sealed in known:
                 files[name] = str(sealed)
         listing = canonical_json({"run": run.run_id, "files": files})
         digest = sha256(listing)
