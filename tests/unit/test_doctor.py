@@ -84,4 +84,6 @@ def test_what_a_killed_proof_left_is_named_with_how_to_drop_it(run_with_database
     assert at_work == f"a proof is at work in {left.name}"
     assert not afterwards["ok"]
     assert afterwards["why"].startswith(f"killed proofs left {left.name} (")
-    assert afterwards["why"].endswith(f'Next: when no proof is at work: as postgres in postgres: DROP DATABASE "{left.name}"')
+    assert afterwards["why"].endswith(
+        f'Next: when no proof is at work: as postgres in postgres: DROP DATABASE "{left.name}"'
+    )
