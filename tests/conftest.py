@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -45,6 +46,12 @@ def ledger_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LedgerSe
     server = LedgerServer.start(tmp_path_factory.mktemp("ledgers"))
     yield server
     server.stop()
+
+
+def pytest_configure() -> None:
+    """Whoever starts the tests in the background may have them ignore an interrupt, and all that they start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
