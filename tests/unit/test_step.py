@@ -13,6 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import sqlalchemy as sa
 
 from runbook_lib import fence, fsck, lease, wiring
 from runbook_lib.adapters import processes
@@ -276,7 +277,7 @@ def forget(run: Run, key: str) -> None:
             connection.exec_driver_sql("DROP TRIGGER events_no_delete")
         else:
             connection.exec_driver_sql("SET session_replication_role = replica")
-        connection.exec_driver_sql(f'DELETE FROM events WHERE data LIKE \'%"step":"{key}"%\'')
+        connection.execute(sa.text("DELETE FROM events WHERE data LIKE :words"), {"words": f'%"step":"{key}"%'})
 
 
 def test_what_only_a_person_can_tell_is_not_done_again(run_with_database: Run) -> None:
