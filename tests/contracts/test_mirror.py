@@ -337,12 +337,17 @@ def test_what_a_gate_asks_about_is_in_the_store_before_the_ledger_names_it(share
     assert (tmp_path / "other" / evidence).read_bytes() == (run.folder / evidence).read_bytes()
 
 
-def test_nothing_goes_forward_on_a_file_that_is_nowhere(shared: OpenRun) -> None:
-    run = shared()
+def name_what_is_nowhere(run: Run) -> None:
+    """Let the ledger name a file of a green step that is neither here nor in the store."""
     lost = outcome("artifacts/lost.json", b"lost")
     intent = {"step": "a.b", "attempt": 1, "phase": "prepare", "executor": processes.me()}
     run.ledger.append(run.run_id, "step_intent", intent)
     run.ledger.append(run.run_id, lost.kind, lost.data)
+
+
+def test_nothing_goes_forward_on_a_file_that_is_nowhere(shared: OpenRun) -> None:
+    run = shared()
+    name_what_is_nowhere(run)
 
     with pytest.raises(
         PausedError, match=r"artifacts/lost\.json, which event \d+ names, is neither here nor in the store"
@@ -352,10 +357,7 @@ def test_nothing_goes_forward_on_a_file_that_is_nowhere(shared: OpenRun) -> None
 
 def test_a_cell_goes_forward_on_no_such_file_either_however_often_it_is_run(shared: OpenRun) -> None:
     run = shared()
-    lost = outcome("artifacts/lost.json", b"lost")
-    intent = {"step": "a.b", "attempt": 1, "phase": "prepare", "executor": processes.me()}
-    run.ledger.append(run.run_id, "step_intent", intent)
-    run.ledger.append(run.run_id, lost.kind, lost.data)
+    name_what_is_nowhere(run)
     acts = Acts()
 
     for _ in range(2):
