@@ -290,7 +290,7 @@ def one_phase(folder: Path, postmaster: int, weed: int, number: int) -> None:
     from runbook_lib.phases import backup
 
     params = params_module.check(json.loads((folder / "params.json").read_text()), where="bench")
-    run_id = f"20260101T00000{number}Z-v1-{number:06x}"
+    run_id = f"20260101T{number:06d}Z-v1-{number:06x}"
     release = Release("bench", "v1", "v1", "0" * 40, "v0", "1" * 40)
     run = wiring._run(params, wiring.ledger_of(params), run_id, release)
     opened = {"version": "v1", "environment": "bench", "params_sha256": digest(params.frozen()), "opened_by": "bench"}

@@ -21,6 +21,7 @@ from runbook_lib.model import Command, StepResult
 from runbook_lib.run import Run
 
 _BLOCK_BYTES = 1 << 20
+_HASHED = "manifest"
 # The steps' names in the ledger.
 DUMP, VALIDATE = "backup.dump_database", "backup.validate_backup"
 
@@ -101,28 +102,38 @@ def tar_of(run: Run, host: str, known: Container[str], packed: files.Packing, pa
     return run.services.hosts[host].command(command)
 
 
-def list_files(run: Run, host: str, lists: FileLists) -> int:
-    """List the host's files with their sha256, as the host itself reads them now; returns how many they are."""
-    into, known = scratch(run) / f"{host}-manifest", foretold(run, host, "files")
-    hashed = _Entries(into)
+def hash_files(run: Run, host: str) -> None:
+    """Let the host hash its files, as it reads them now; `list_files` takes what it said."""
+    hashed, known = _Entries(_list_of(run, host, _HASHED)), foretold(run, host, "files")
     with progress.told(run.scratch, f"files of {host}, hashed there", hashed.count, total=known, unit="files"):
-        return _list(
-            run, host, "manifest", files.manifest, lambda blocks: lists.add(SOURCE, files.parse_manifest(blocks))
-        )
+        _tell(run, host, _HASHED, files.manifest)
 
 
-def list_stamps(run: Run, host: str, lists: FileLists, of: int) -> None:
-    """List what any write to a file would change, before or after they are read."""
+def list_files(run: Run, host: str, lists: FileLists) -> None:
+    """List the host's files with the sha256 that `hash_files` had from it."""
+    _keep(run, host, _HASHED, lambda blocks: lists.add(SOURCE, files.parse_manifest(blocks)))
+
+
+def list_stamps(run: Run, host: str, lists: FileLists, of: int) -> int:
+    """List what any write to a file would change, before or after they are read; returns how many files there are."""
     name = "stamps-before" if of == BEFORE else "stamps-after"
-    _list(run, host, name, files.stamps, lambda blocks: lists.add(of, files.parse_stamps(blocks)))
+    _tell(run, host, name, files.stamps)
+    return _keep(run, host, name, lambda blocks: lists.add(of, files.parse_stamps(blocks)))
 
 
-def _list(
-    run: Run, host: str, name: str, command: Callable[..., Command], keep: Callable[[Iterator[bytes]], int]
-) -> int:
-    into = scratch(run) / f"{host}-{name}"
+def _list_of(run: Run, host: str, name: str) -> Path:
+    return scratch(run) / f"{host}-{name}"
+
+
+def _tell(run: Run, host: str, name: str, command: Callable[..., Command]) -> None:
+    """Have the host tell one of its lists."""
+    into = _list_of(run, host, name)
     there = command(run.params.all_hosts[host].files, into=into, timeout_s=run.params.backup.timeout_s)
     run.services.shell.run(run.services.hosts[host].command(there), name=f"{name}-{host}")
+
+
+def _keep(run: Run, host: str, name: str, keep: Callable[[Iterator[bytes]], int]) -> int:
+    into = _list_of(run, host, name)
     try:
         with into.open("rb") as file:
             return keep(iter(partial(file.read, _BLOCK_BYTES), b""))

@@ -17,6 +17,7 @@ from runbook_lib.commands.archive_files import clean
 from runbook_lib.errors import StepFailedError, UsageError
 
 _BLOCK_BYTES = 256 << 10  # bigger ones cost the memory allocator more than they save
+_PIPE_BYTES = 1 << 20  # where the system has pipes of a size: whoever reads is woken less often
 _MAGIC = {b"\x1f\x8b": ("gzip", "-dc"), b"\x28\xb5\x2f\xfd": ("zstd", "-qdc")}
 
 
@@ -57,7 +58,8 @@ def read(
             raise UsageError(f"{program[0]} is not installed on this machine", remedy="install it, then resume")
         file.seek(0)
         # Python's own readers stop before the end and see less: the programs check every byte and the checksum.
-        with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        pipe = subprocess.PIPE
+        with subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=pipe, pipesize=_PIPE_BYTES) as child:
             assert child.stdin and child.stdout and child.stderr  # noqa: S101, PT018  # they are pipes
             feeder = _Feeder(file, child.stdin, seen)
             feeder.start()

@@ -93,10 +93,15 @@ class Multipart:
         """
         from s3transfer.utils import ReadFileChunk
 
+        class Body(ReadFileChunk):
+            def read(self, amount: int | None = None) -> bytes:
+                # The HTTP client asks for 16 KB at a time: each costs it more than it costs to send them.
+                return bytes(super().read(amount and max(amount, _BLOCK_BYTES)))
+
         number, start, size = part
         told = [] if seen is None else [seen]
         # Read from the disk as it is sent: nothing of a part stays in memory, however big it is.
-        with ReadFileChunk.from_filename(str(path), start, size, callbacks=told) as body:
+        with Body.from_filename(str(path), start, size, callbacks=told) as body:
             digest = hashlib.sha256()
             while block := body.read(_BLOCK_BYTES):
                 digest.update(block)

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from runbook_lib.commands.pipeline import piped
 from runbook_lib.model import Command
 
 # A connection that was cut without a word ends within a minute, not when TCP gives up after a quarter of an hour.
@@ -101,20 +102,6 @@ def can_pack(said: str) -> bool:
     return _JOBS_REFUSED in said
 
 
-# The exit status is pg_dump's own when that failed, else the compressor's.
-_PIPED = """
-set -u
-folder=$(mktemp -d) || exit 90
-trap 'rm -rf "$folder"' EXIT
-packer=$1; shift
-{ "$@"; echo $? > "$folder/status"; } | $packer
-packed=$?
-read -r status < "$folder/status" || exit 90
-[ "$status" -eq 0 ] || exit "$status"
-exit $packed
-"""
-
-
 # What a killed dump left in the folder is of no use: pg_dump wants it new.
 _FOLDER = """
 set -u
@@ -153,8 +140,8 @@ def dump(
         return Command(whole, timeout_s=timeout_s, env=server.env(), stdout=into)
     if not packing.zstd:
         return Command((*argv, f"--file={into}"), timeout_s=timeout_s, env=server.env())
-    piped = ("sh", "-c", _PIPED, "sh", " ".join(packing.zstd), *argv)
-    return Command(piped, timeout_s=timeout_s, env=server.env(), stdout=into)
+    packed = piped(argv, " ".join(packing.zstd), buffered=True)
+    return Command(packed, timeout_s=timeout_s, env=server.env(), stdout=into)
 
 
 # The size of a file is limited in blocks of 512 bytes; who writes past it is ended, and leaves no core behind.

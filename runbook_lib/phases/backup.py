@@ -91,17 +91,23 @@ def archive_files(run: Run, host: str) -> StepResult:
     final = paths[packed.program]
     part = on_disk.fresh_part(final)
     with _removed_on_failure(part), file_lists.file_lists(on_disk.scratch(run) / f"{host}-files.sqlite") as lists:
-        on_disk.list_stamps(run, host, lists, file_lists.BEFORE)
-        if not on_disk.list_files(run, host, lists):
+        if not on_disk.list_stamps(run, host, lists, file_lists.BEFORE):
             raise StepFailedError(
                 f"{host} has no file in {', '.join(run.params.all_hosts[host].files)}",
                 remedy=f"mend hosts.{host}.files",
             )
         size = on_disk.foretold(run, host, "bytes")
         with off_site.ahead(run, part, final) as ahead:
-            with progress.told(run.scratch, f"archive of {host}", lambda: part.stat().st_size, total=size):
-                named = lists.known(file_lists.SOURCE, map(files.clean, run.params.all_hosts[host].files))
+            named = lists.known(file_lists.BEFORE, map(files.clean, run.params.all_hosts[host].files))
+            with (
+                progress.told(run.scratch, f"archive of {host}", lambda: part.stat().st_size, total=size),
+                ThreadPoolExecutor(1) as pool,
+            ):
+                # Beside tar, which reads the same files: they come from the disk once.
+                hashing = pool.submit(copy_context().run, on_disk.hash_files, run, host)
                 tar = run.services.shell.run(on_disk.tar_of(run, host, named, packed, part), name=f"tar-{host}")
+                hashing.result()
+            on_disk.list_files(run, host, lists)
             on_disk.sync(part)
             sent = files.streamed_sha256(tar.output)
             archived = _read_through(run, host, part, lists)
@@ -301,7 +307,7 @@ def validate_backup(run: Run) -> StepResult:
     dump, was_dumped = on_disk.dump_path(run), off_site.fact(run, dump_database.key(), "sha256")
     archives = {host: on_disk.archive_path(run, host) for host in _hosts(run)}
     tell = partial(progress.told, run.scratch)
-    with progress.hashing([dump, *archives.values()], tell) as digests:
+    with progress.hashing([dump, *archives.values()], tell, at_once=2) as digests:
 
         def refuse_another() -> None:
             if digests[dump].result() != was_dumped:
