@@ -1,6 +1,6 @@
 """Measure phase 1 side by side with the playbook's literal commands: same data, same machine, one run after the other.
 
-Usage: python benchmarks/backup.py FOLDER [--runs 3] [--database-mb 1000] [--files-mb 600] [--json]
+Usage: python benchmarks/backup.py FOLDER [--data usual|random] [--runs 3] [--database-mb 1000] [--files-mb 600] [--json]
 
 FOLDER gets the servers (PostgreSQL, SeaweedFS), the data and the backups, and is left empty. Each side's disk caches are
 as the other side left them; the order changes with every run. Elapsed seconds are medians; CPU is user and system time.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -28,30 +27,13 @@ from statistics import median
 from typing import Any
 
 import yaml
+from backup_data import KINDS
 
 from rehearsal import postgres, s3
 
 ROOT = Path(__file__).resolve().parents[1]
 TICKS = os.sysconf("SC_CLK_TCK")
 LITERAL = ("tar czf", "pg_dump -Fc", "pg_restore --list", "sha256sum", "copy to S3")
-TABLES = (
-    """CREATE TABLE orders (id bigint PRIMARY KEY, customer int, cents int, state text, placed timestamptz)""",
-    """CREATE TABLE events (id bigint PRIMARY KEY, at timestamptz, kind text, detail text)""",
-    """CREATE TABLE documents (id bigint PRIMARY KEY, title text, body text)""",
-)
-ROWS = (
-    """INSERT INTO orders SELECT n, n % 100003, (n::bigint * 7919) % 100000, (ARRAY['new', 'paid', 'sent'])[1 + n % 3],
-       '2026-01-01'::timestamptz + n * interval '7 seconds' FROM generate_series({first}, {last}) n""",
-    """INSERT INTO events SELECT n, '2026-01-01'::timestamptz + n * interval '1 second', 'kind ' || n % 40,
-       md5(n::text) || ' GET /products/' || n % 5000 || ' 200 ' || md5((n + 1)::text) || ' Mozilla/5.0 (X11; Linux x86_64)'
-       FROM generate_series({first}, {last}) n""",
-    """INSERT INTO documents SELECT n, 'Document ' || n,
-       (SELECT string_agg(md5((n * 1000 + k)::text) || ' lorem ipsum dolor sit amet ', '') FROM generate_series(1, 50) k)
-       FROM generate_series({first}, {last}) n""",
-)
-# Rows of each for one megabyte of database, about.
-PER_MB = (4000, 1800, 130)
-INDEXES = ("CREATE INDEX ON orders (customer)", "CREATE INDEX ON events (at)")
 
 
 @dataclass
@@ -154,28 +136,19 @@ def place(folder: Path) -> Iterator[Place]:
         s3.forget(folder)
 
 
-def fill(at: Place, database_mb: int, files_mb: int) -> dict[str, int]:
+def fill(at: Place, kind: str, database_mb: int, files_mb: int) -> dict[str, int]:
     """Make the data; returns what it came to in bytes."""
+    make_database, make_files = KINDS[kind]
     with at.database.connect(postgres.ADMIN, "postgres") as session:
         session.execute("CREATE DATABASE prod_db")
     with at.database.connect(postgres.ADMIN, "prod_db") as session:
-        for table, rows, per_mb in zip(TABLES, ROWS, PER_MB, strict=True):
-            session.execute(table)
-            session.execute(rows.format(first=1, last=per_mb * database_mb))
-        for index in INDEXES:
-            session.execute(index)
+        make_database(session, database_mb)
+        session.execute("VACUUM ANALYZE")
         session.execute("CHECKPOINT")
         row = session.execute("SELECT pg_database_size('prod_db')").fetchone()
-    draw = random.Random(7)
-    words = [f"{draw.randrange(1 << 24):x}" for _ in range(4000)]
-    for number in range(files_mb):
-        folder = at.home / f"release-{number % 40}"
-        folder.mkdir(exist_ok=True)
-        # Half text, as sources and logs are; half what was compressed before, as pictures are.
-        text = " ".join(draw.choices(words, k=160_000)).encode()[: 1 << 20]
-        (folder / f"file-{number}").write_bytes(text if number % 2 else draw.randbytes(1 << 20))
-    size = sum(path.stat().st_size for path in at.home.rglob("*") if path.is_file())
-    return {"database": int(row[0] if row else 0), "files": size}
+    make_files(at.home, files_mb)
+    sizes = [path.stat().st_size for path in at.home.rglob("*") if path.is_file()]
+    return {"database_bytes": int(row[0] if row else 0), "files_bytes": sum(sizes), "files": len(sizes)}
 
 
 def cpu_of(pid: int) -> float:
@@ -340,6 +313,7 @@ def main() -> None:
     """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", choices=sorted(KINDS), default="usual")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--database-mb", type=int, default=1000)
     parser.add_argument("--files-mb", type=int, default=600)
@@ -352,8 +326,8 @@ def main() -> None:
     sides: dict[str, dict[str, Part]] = {"literal": {}, "ours": {}}
     facts: list[dict[str, Any]] = []
     with place(given.folder) as at:
-        size = fill(at, given.database_mb, given.files_mb)
-        print(f"database {size['database'] / 1e6:.0f} MB, files {size['files'] / 1e6:.0f} MB", file=sys.stderr)
+        size = fill(at, given.data, given.database_mb, given.files_mb)
+        print(json.dumps(size), file=sys.stderr)
         for number in range(given.runs):
             turns = [lambda: literal(at, sides["literal"]), lambda n=number: facts.append(ours(at, sides["ours"], n))]
             for turn in turns if number % 2 == 0 else reversed(turns):
@@ -365,7 +339,8 @@ def main() -> None:
     whole = {side: median(values) for side, values in by_run.items()}
     without = median(total - fact["without_proof_s"] for total, fact in zip(by_run["ours"], facts, strict=True))
     summary = {
-        **{f"{name}_bytes": value for name, value in size.items()},
+        "data": given.data,
+        **size,
         "literal_s": round(whole["literal"], 1),
         "ours_without_proof_s": round(without, 1),
         "ours_with_proof_s": round(whole["ours"], 1),

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -217,10 +219,13 @@ def fresh_part(final: Path) -> Path:
     return part
 
 
-def sync(path: Path) -> None:
-    """Wait until a file's content is on disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+@contextmanager
+def syncing(path: Path) -> Iterator[None]:
+    """Wait until a file's content is on disk, while the body does what only reads it."""
+    with path.open("rb") as file, ThreadPoolExecutor(1, thread_name_prefix="sync") as pool:
+        synced = pool.submit(os.fsync, file.fileno())
+        yield
+        synced.result()
 
 
 def finish(run: Run, part: Path, final: Path, result: StepResult) -> None:

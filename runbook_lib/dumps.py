@@ -157,7 +157,13 @@ def adopt(run: Run, part: Path, final: Path, known: Mapping[str, Any], duration_
     """
     if part.stat().st_size == 0:
         raise StepFailedError(f"pg_dump wrote nothing into {part}", remedy="look at its log, then resume")
-    on_disk.sync(part)
+    with on_disk.syncing(part):
+        result = _result(run, part, final, known, duration_s)
+    on_disk.finish(run, part, final, result)
+    return result
+
+
+def _result(run: Run, part: Path, final: Path, known: Mapping[str, Any], duration_s: float) -> StepResult:
     source, taken_at, lsn = known["inventory"], known["taken_at"], known["lsn"]
     kept = run.keep("backup/inventory.json", canonical_json({"taken_at": taken_at, "lsn": lsn, **source}))
     roles_sql = on_disk.scratch(run) / "globals.sql"
@@ -180,6 +186,4 @@ def adopt(run: Run, part: Path, final: Path, known: Mapping[str, Any], duration_
         "not provable": source["not_provable"],
         "loss window": f"a restore loses what is written after {taken_at}, LSN {lsn}",
     }
-    result = StepResult(facts=facts, artifacts=(kept, roles))
-    on_disk.finish(run, part, final, result)
-    return result
+    return StepResult(facts=facts, artifacts=(kept, roles))

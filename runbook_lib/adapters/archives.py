@@ -10,13 +10,14 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
 from runbook_lib.commands.archive_files import clean
 from runbook_lib.errors import StepFailedError, UsageError
 
-_BLOCK_BYTES = 256 << 10  # bigger ones cost the memory allocator more than they save
+_BLOCK_BYTES = 32 << 10  # tarfile joins and cuts them: bigger ones cost the memory allocator more than they save
 _PIPE_BYTES = 1 << 20  # where the system has pipes of a size: whoever reads is woken less often
 _MAGIC = {b"\x1f\x8b": ("gzip", "-dc"), b"\x28\xb5\x2f\xfd": ("zstd", "-qdc")}
 
@@ -84,16 +85,17 @@ def read(
 class _Feeder(threading.Thread):
     """Passes a file on to a decompressor and hashes it on the way."""
 
-    def __init__(self, file: IO[bytes], into: IO[bytes], seen: Callable[[int], None]) -> None:
+    def __init__(self, file: BufferedReader, into: IO[bytes], seen: Callable[[int], None]) -> None:
         super().__init__(daemon=True)
         self.digest, self.whole = hashlib.sha256(), False
         self._file, self._into, self._seen = file, into, seen
 
     def run(self) -> None:
         with contextlib.suppress(OSError), self._into:  # it ended early: its own word says why
-            while block := self._file.read(_BLOCK_BYTES):
-                self.digest.update(block)
-                self._into.write(block)
+            block = memoryview(bytearray(_PIPE_BYTES // 4))
+            while size_bytes := self._file.readinto(block):
+                self.digest.update(block[:size_bytes])
+                self._into.write(block[:size_bytes])
                 self._seen(self._file.tell())
             self.whole = True
 

@@ -77,11 +77,6 @@ class S3Store:
         known = self._version_with(key, sha256, path.stat().st_size)
         if known is not None:
             return known
-        found = sha256_file(path)
-        if found != sha256:
-            raise StepFailedError(
-                f"{path} has sha256 {found}, expected {sha256}", remedy="the local file changed: back up again"
-            )
         with self._answering(key):
             stored = self._put_ahead(path, key, sha256, note) if note is not None else None
             if stored is None:
@@ -206,6 +201,7 @@ class S3Store:
                 raise
 
     def _put_whole(self, path: Path, key: str, sha256: str, wanted: dict[str, Any]) -> None:
+        _refuse_changed(path, sha256, sha256_file(path))
         checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
         with path.open("rb") as body:
             self._client.put_object(
@@ -224,7 +220,7 @@ class S3Store:
         self._forget_half_uploads(parts.name)
         upload = parts.begin({"Metadata": {"sha256": sha256}, **wanted})
         try:
-            self._complete(path, parts, upload, uploads.even(path.stat().st_size, _PART_BYTES), {})
+            self._complete(path, sha256, parts, upload, uploads.even(path.stat().st_size, _PART_BYTES), {})
         except BaseException:
             parts.abort(upload)
             raise
@@ -244,7 +240,10 @@ class S3Store:
                 return None
             ranges = uploads.growing(_PART_BYTES, size)
             try:
-                version = self._complete(path, parts, begun.upload, ranges, begun.parts)
+                version = self._complete(path, sha256, parts, begun.upload, ranges, begun.parts)
+            except StepFailedError:
+                parts.abort(begun.upload)
+                raise
             except ClientError as error:
                 if not 400 <= error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) < 500:
                     raise
@@ -254,13 +253,15 @@ class S3Store:
         return self._head(key, version)
 
     def _complete(
-        self, path: Path, parts: Multipart, upload: str, ranges: Iterable[Range], known: Mapping[int, Part]
+        self, path: Path, sha256: str, parts: Multipart, upload: str, ranges: Iterable[Range], known: Mapping[int, Part]
     ) -> str | None:
         """Send what the store does not have of a file, and make it the object; returns its version."""
-        with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
+        with ThreadPoolExecutor(1 + _PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
+            whole = pool.submit(sha256_file, path)
             sent = [pool.submit(self._put_part, path, parts, upload, part, known.get(part[0])) for part in ranges]
             try:
                 done = [part.result() for part in sent]
+                _refuse_changed(path, sha256, whole.result())
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -401,6 +402,13 @@ class S3Store:
             raise UnavailableError(
                 f"{self._address(key)}: {said}", remedy="check backup.store.endpoint, then resume"
             ) from error
+
+
+def _refuse_changed(path: Path, sha256: str, found: str) -> None:
+    if found != sha256:
+        raise StepFailedError(
+            f"{path} has sha256 {found}, expected {sha256}", remedy="the local file changed: back up again"
+        )
 
 
 # boto3's loader is not safe to use from two threads at once.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from runbook_lib.adapters.processes import WRAPPER, end_group, ended_within, environment, out_of_memory_kills
 from runbook_lib.adapters.secrets import Secrets
@@ -56,7 +57,7 @@ class LocalShell:
         started, killed_before = time.monotonic(), out_of_memory_kills()
         with ExitStack() as stack:
             out = stack.enter_context(log.open("wb"))
-            stdout = stack.enter_context(command.stdout.open("wb")) if command.stdout else out
+            stdout = stack.enter_context(_emptied(command.stdout)) if command.stdout else out
             alive = stack.enter_context(lock_file.open("a+b"))
             fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
             try:
@@ -97,6 +98,14 @@ class LocalShell:
             how = f"exited {exit_code}{_why_killed(exit_code, killed_before)}"
             raise StepFailedError(f"{command.argv[0]} ({name}) {how}: {last[:600]}", remedy=f"read {log}")
         return done
+
+
+def _emptied(path: Path) -> IO[bytes]:
+    """An empty file to write to; one that is empty is not emptied again: who closes it would wait for the disk then (ext4)."""
+    file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb")
+    if os.fstat(file.fileno()).st_size:
+        file.truncate(0)
+    return file
 
 
 def _why_killed(exit_code: int, killed_before: int) -> str:

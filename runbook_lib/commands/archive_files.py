@@ -54,7 +54,7 @@ class Packing:
 
     Args:
         program: `gzip` or `zstd`.
-        level: of the program; None for zstd's fastest ordinary one, and gzip's default.
+        level: of the program; None for zstd's 2, as fast as 1 and a little smaller, and gzip's default.
         threads: for zstd; 0 for as many as the host has cores.
     """
 
@@ -71,7 +71,7 @@ class Packing:
     def words(self) -> str:
         """The compressor as it is started."""
         if self.program == "zstd":
-            return f"zstd -{self.level or 1} -T{self.threads}"
+            return f"zstd -{self.level or 2} -T{self.threads}"
         return "gzip" if self.level is None else f"gzip -{self.level}"
 
 

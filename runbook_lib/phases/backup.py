@@ -108,9 +108,9 @@ def archive_files(run: Run, host: str) -> StepResult:
                 tar = run.services.shell.run(on_disk.tar_of(run, host, named, packed, part), name=f"tar-{host}")
                 hashing.result()
             on_disk.list_files(run, host, lists)
-            on_disk.sync(part)
             sent = files.streamed_sha256(tar.output)
-            archived = _read_through(run, host, part, lists)
+            with on_disk.syncing(part):
+                archived = _read_through(run, host, part, lists)
         if sent != archived.sha256:
             raise StepFailedError(
                 f"the archive of {host} left it with sha256 {sent or 'unknown'} and is {archived.sha256} here",

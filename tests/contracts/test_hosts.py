@@ -144,6 +144,14 @@ def test_the_list_of_files_is_the_same_with_and_without_python(
     }
 
 
+def test_what_a_command_writes_takes_the_place_of_what_was_there(shell: LocalShell, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("what an earlier attempt left, and longer")
+
+    shell.run(Command(("echo", "new"), stdout=tmp_path / "out"), name="echo")
+
+    assert (tmp_path / "out").read_text() == "new\n"
+
+
 @pytest.mark.parametrize("name", ["gone", "shut"])
 def test_a_file_that_cannot_be_read_stops_the_list(host: Host, shell: LocalShell, tmp_path: Path, name: str) -> None:
     (Path(host.home) / "shut").symlink_to("shut")

@@ -312,13 +312,18 @@ def test_a_key_is_known_by_its_whole_name_or_the_last_part(said: str | None, wan
         off_site._refuse_otherwise_encrypted(stored, params)
 
 
-def test_a_file_that_changed_on_disk_is_not_stored(store: S3Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("one_request_bytes", [4, 5], ids=["in parts", "at once"])
+def test_a_file_that_changed_on_disk_is_not_stored(
+    store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_request_bytes: int
+) -> None:
+    monkeypatch.setattr(objects, "_ONE_REQUEST_BYTES", one_request_bytes)
     path, digest = _file(tmp_path, b"right")
     path.write_bytes(b"wrong")
 
     with pytest.raises(StepFailedError, match="expected"):
         store.put(path, "k", sha256=digest)
     assert store.find("k") is None
+    assert _half(store) == []
 
 
 def test_used_bytes_counts_every_version(store: S3Store, tmp_path: Path) -> None:

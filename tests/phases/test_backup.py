@@ -13,6 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import takewhile
@@ -25,6 +27,7 @@ import pytest
 from runbook_lib import backup_files, off_site, restore
 from runbook_lib.adapters.objects import S3Store
 from runbook_lib.canonical import sha256_file
+from runbook_lib.commands import archive_files
 from runbook_lib.errors import PausedError, RunbookError, StepFailedError, StepInDoubtError
 from runbook_lib.model import Command, Status, StepResult
 from runbook_lib.phases import backup, prepare
@@ -928,17 +931,27 @@ def test_in_read_only_mode_no_file_may_change(opened: Open, slow_tools: Tools) -
 
 def test_an_archive_that_changes_on_its_way_is_refused(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     empty_frame = b"P*M\x18\0\0\0\0"  # all can still be unpacked and is equal
-    arrived = backup_files.sync
+    syncing = backup_files.syncing
 
-    def more_arrived(path: Path) -> None:
+    def more_arrived(path: Path) -> AbstractContextManager[None]:
         with path.open("ab") as file:
             file.write(empty_frame)
-        arrived(path)
+        return syncing(path)
 
-    monkeypatch.setattr(backup_files, "sync", more_arrived)
+    monkeypatch.setattr(backup_files, "syncing", more_arrived)
     one = opened()
 
     with pytest.raises(StepFailedError, match="left it with sha256"):
+        backup.archive_files(one.run)
+    assert list(Path(one.run.params.backup.directory).iterdir()) == []
+
+
+def test_a_host_that_cannot_hash_its_files_gets_no_archive(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    failing = Command(("sh", "-c", "echo python: disk gone >&2; exit 3"))
+    monkeypatch.setattr(archive_files, "manifest", lambda names, into, timeout_s: replace(failing, stdout=into))
+    one = opened()
+
+    with pytest.raises(StepFailedError, match=r"\(manifest-app-0\d\) exited 3: .*disk gone"):
         backup.archive_files(one.run)
     assert list(Path(one.run.params.backup.directory).iterdir()) == []
 

@@ -465,15 +465,24 @@ _DURABLE = (
     Guard(
         "an archive of files is on disk before it gets its name",
         _BACKUP,
-        "            on_disk.sync(part)\n            sent =",
-        "            sent =",
+        "            with on_disk.syncing(part):\n                archived =",
+        "            archived =",
         (f"{_T_BACKUP}a_backup_is_on_disk_before_it_gets_its_name",),
+    ),
+    Guard(
+        "a packer that fails makes a backup red, whatever the archiver ended with",
+        "runbook_lib/commands/pipeline.py",
+        "if packing and status in (0, 1, -signal.SIGPIPE):",
+        "if False:",
+        (
+            "tests/unit/test_commands_pipeline.py::test_the_exit_status_of_each_part_counts[python-exit 1-false-90-digest]",
+        ),
     ),
     Guard(
         "a dump is on disk before it gets its name",
         _DUMPS,
-        "    on_disk.sync(part)\n    source, taken_at",
-        "    source, taken_at",
+        "    with on_disk.syncing(part):\n        result =",
+        "    result =",
         (f"{_T_BACKUP}a_backup_is_on_disk_before_it_gets_its_name",),
     ),
     Guard(
@@ -1584,9 +1593,9 @@ _BACKUPS = (
     Guard(
         "a file that changed on disk is not copied off site",
         _OBJECTS,
-        "        if found != sha256:\n",
-        "        if False:\n",
-        (f"{_T_OBJECTS}a_file_that_changed_on_disk_is_not_stored",),
+        "    if found != sha256:\n",
+        "    if False:\n",
+        (f"{_T_OBJECTS}a_file_that_changed_on_disk_is_not_stored[in parts]",),
     ),
     Guard(
         "the store itself refuses a key that is taken",

@@ -57,7 +57,7 @@ def test_size_adds_up() -> None:
 
 def test_packing_is_a_program_with_its_own_level() -> None:
     assert archive_files.Packing("gzip", threads=4).words == "gzip"
-    assert archive_files.Packing("zstd").words == "zstd -1 -T0"
+    assert archive_files.Packing("zstd").words == "zstd -2 -T0"
     assert archive_files.Packing("gzip", 1).suffix == ".tgz"
 
 

@@ -48,7 +48,7 @@ def test_a_digest_that_nobody_wants_changes_nothing(path: str, tmp_path: Path) -
     assert (done.returncode, done.stdout) == (0, LONG)
 
 
-@pytest.mark.parametrize("ways", [{"digest": True}, {"buffered": True}], ids=str)
+@pytest.mark.parametrize("ways", [{"digest": True}, {"buffered": True}], ids=["digest", "buffered"])
 @pytest.mark.parametrize(
     ("archiver", "packer", "exit_code"),
     [
