@@ -48,9 +48,9 @@ def take_inventory(run: Run, snapshot: str, standing: Mapping[str, Any], dumping
         if dumping.done():
             dumping.result()  # when the dump failed, nobody needs an inventory
 
-    return inventory.take(
-        partial(_session, run), snapshot=snapshot, standing=standing, jobs=run.params.backup.jobs, keep_on=keep_on
-    )
+    # As many sessions as pg_dump has: more would only take the processors from it, which has more to do.
+    jobs = run.params.backup.jobs if run.params.backup.dump.format == "directory" else 1
+    return inventory.take(partial(_session, run), snapshot=snapshot, standing=standing, jobs=jobs, keep_on=keep_on)
 
 
 @contextlib.contextmanager
