@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -86,6 +86,11 @@ class StepResult:
             title=data["title"],
             status=data["status"],
         )
+
+
+def command_line(words: Iterable[str]) -> str:
+    """A command on one line for people; a script among its words is told by its length: the plan has it whole."""
+    return " ".join(f"‹script of {len(word.splitlines())} lines›" if "\n" in word else word for word in words)
 
 
 def shown(value: Any) -> str:

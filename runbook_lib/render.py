@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runbook_lib.model import Status, shown
+from runbook_lib.model import Status, command_line, shown
 from runbook_lib.pages import moment, page, pill, seconds, text, visible
 from runbook_lib.state import RunState, StepState
 
@@ -325,7 +325,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         needs = f", behind gate {', '.join(step['needs_gates'])}" if step["needs_gates"] else ""
         lines.append(f"{step['title']}  [{step['step']}, {step['owner']}, about {seconds(step['expected_s'])}{needs}]")
         lines.append(f"    on   {', '.join(step['targets'])}")
-        lines += [f"    $    {' '.join(command)}" for command in step["commands"]]
+        lines += [f"    $    {command_line(command)}" for command in step["commands"]]
         lines.append(f"    back {step['way_back']}")
     lines.append("")
     for name, gate in plan["gates"].items():

@@ -41,7 +41,7 @@ from runbook_lib.errors import (
     StepInDoubtError,
     UnavailableError,
 )
-from runbook_lib.model import Recovery, Status, StepResult
+from runbook_lib.model import Recovery, Status, StepResult, command_line
 from runbook_lib.run import Run
 from runbook_lib.state import RunState, StepState
 
@@ -220,7 +220,7 @@ class Step:
         return Card.of(
             replace(result, title=result.title or self.title),
             owner=self.owner,
-            commands=tuple(" ".join(line) for line in planned["commands"]),
+            commands=tuple(map(command_line, planned["commands"])),
             parts=tuple(parts),
         )
 

@@ -243,9 +243,7 @@ def test_a_command_that_hangs_is_ended_long_before_its_time_is_up(
 
 
 def test_a_slow_command_that_goes_on_is_left_alone(host: Host, shell: LocalShell, tmp_path: Path) -> None:
-    slow = Command(
-        ("sh", "-c", "for n in 1 2 3 4 5 6 7 8; do sleep 0.5; printf x; done"), stall_s=3, stdout=tmp_path / "out"
-    )
+    slow = Command(("sh", "-c", "for n in 1 2 3 4 5 6; do sleep 1; printf x; done"), stall_s=5, stdout=tmp_path / "out")
 
     assert shell.run(host.command(slow), name="slow").exit_code == 0
 

@@ -360,7 +360,7 @@ def test_a_plan_as_text_names_commands_gates_and_its_digest() -> None:
         "title": "Dump",
         "owner": "Ops",
         "targets": ["db"],
-        "commands": [["pg_dump", "-Fc"]],
+        "commands": [["pg_dump", "-Fc"], ["sh", "-c", "set -u\nexec cat\n", "sh", "one"]],
         "needs_gates": ["backup"],
         "expected_s": 90.0,
         "way_back": "none",
@@ -380,7 +380,14 @@ def test_a_plan_as_text_names_commands_gates_and_its_digest() -> None:
 
     text = plan_text(plan)
 
-    for expected in ("pg_dump -Fc", "behind gate backup", "WARNING: too long", "d" * 64, "1 h 00 min"):
+    for expected in (
+        "pg_dump -Fc",
+        "sh -c ‹script of 2 lines› sh one",
+        "behind gate backup",
+        "WARNING: too long",
+        "d" * 64,
+        "1 h 00 min",
+    ):
         assert expected in text
 
 
