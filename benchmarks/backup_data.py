@@ -96,6 +96,8 @@ def installed_files(home: Path, megabytes: int) -> None:
             if copied >= wanted:
                 break
         round_ += 1
+        if not copied:
+            sys.exit(f"{sys.prefix} holds no files: measure in a virtual environment, or with --data random")
     draw = random.Random(7)
     (home / "uploads").mkdir()
     for number in range(4 * (megabytes - copied // MB)):

@@ -6,12 +6,14 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from runbook_lib import progress
 from runbook_lib.adapters.file_lists import BEFORE, SOURCE, FileLists
@@ -19,7 +21,7 @@ from runbook_lib.canonical import canonical_json, sha256_file, sync_folder, writ
 from runbook_lib.commands import archive_files as files
 from runbook_lib.commands import postgres
 from runbook_lib.errors import StepFailedError, StepInDoubtError
-from runbook_lib.model import Command, StepResult
+from runbook_lib.model import Command, Completed, StepResult
 from runbook_lib.run import Run
 
 _BLOCK_BYTES = 1 << 20
@@ -104,15 +106,31 @@ def tar_of(run: Run, host: str, known: Container[str], packed: files.Packing, pa
     return run.services.hosts[host].command(command)
 
 
-def hash_files(run: Run, host: str) -> None:
-    """Let the host hash its files, as it reads them now; `list_files` takes what it said."""
+def archive(run: Run, host: str, tar: Command) -> Completed:
+    """Archive a host's files while the host hashes them for `list_files`: they come from its disk once.
+
+    Of the two the one that fails first ends the other, and its error is raised.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(2, thread_name_prefix="archive") as pool:
+        hashing: Future[Any] = pool.submit(copy_context().run, _hash_files, run, host, stop)
+        packing_ = pool.submit(copy_context().run, partial(run.services.shell.run, tar, name=f"tar-{host}", stop=stop))
+        try:
+            for ended in wait([hashing, packing_], return_when=FIRST_EXCEPTION).done:
+                ended.result()
+        finally:
+            stop.set()
+        return packing_.result()
+
+
+def _hash_files(run: Run, host: str, stop: threading.Event) -> None:
     hashed, known = _Entries(_list_of(run, host, _HASHED)), foretold(run, host, "files")
     with progress.told(run.scratch, f"files of {host}, hashed there", hashed.count, total=known, unit="files"):
-        _tell(run, host, _HASHED, files.manifest)
+        _tell(run, host, _HASHED, files.manifest, stop)
 
 
 def list_files(run: Run, host: str, lists: FileLists) -> None:
-    """List the host's files with the sha256 that `hash_files` had from it."""
+    """List the host's files with their sha256, as the host read them beside `archive`."""
     _keep(run, host, _HASHED, lambda blocks: lists.add(SOURCE, files.parse_manifest(blocks)))
 
 
@@ -127,11 +145,11 @@ def _list_of(run: Run, host: str, name: str) -> Path:
     return scratch(run) / f"{host}-{name}"
 
 
-def _tell(run: Run, host: str, name: str, command: Callable[..., Command]) -> None:
+def _tell(run: Run, host: str, name: str, command: Callable[..., Command], stop: threading.Event | None = None) -> None:
     """Have the host tell one of its lists."""
     into = _list_of(run, host, name)
     there = command(run.params.all_hosts[host].files, into=into, timeout_s=run.params.backup.timeout_s)
-    run.services.shell.run(run.services.hosts[host].command(there), name=f"{name}-{host}")
+    run.services.shell.run(run.services.hosts[host].command(there), name=f"{name}-{host}", stop=stop)
 
 
 def _keep(run: Run, host: str, name: str, keep: Callable[[Iterator[bytes]], int]) -> int:

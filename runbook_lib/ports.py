@@ -6,6 +6,7 @@ or rights are wrong. Every effect takes a key and happens once per key, however 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ from runbook_lib.model import Command, Completed
 class Shell(Protocol):
     """Starts commands on this machine: own process group, output to a log under the run."""
 
-    def run(self, command: Command, *, name: str) -> Completed:
+    def run(self, command: Command, *, name: str, stop: threading.Event | None = None) -> Completed:
         """Run to the end; `name` names the log file within the step.
 
+        Args:
+            stop: set by whoever needs the command no more.
+
         Raises:
-            StepFailedError: its exit status is not among `ok_exits`, or it took longer than `timeout_s`
+            StepFailedError: its exit status is not among `ok_exits`, it took longer than `timeout_s`, or nobody needs it
                 (the whole process group is ended first).
         """
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import shutil
 import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ from runbook_lib.commands.archive_files import clean
 from runbook_lib.errors import StepFailedError, UsageError
 
 _BLOCK_BYTES = 32 << 10  # tarfile joins and cuts them: bigger ones cost the memory allocator more than they save
-_PIPE_BYTES = 1 << 20  # where the system has pipes of a size: whoever reads is woken less often
+_PIPE_BYTES = 1 << 20
 _MAGIC = {b"\x1f\x8b": ("gzip", "-dc"), b"\x28\xb5\x2f\xfd": ("zstd", "-qdc")}
 
 
@@ -59,9 +61,10 @@ def read(
             raise UsageError(f"{program[0]} is not installed on this machine", remedy="install it, then resume")
         file.seek(0)
         # Python's own readers stop before the end and see less: the programs check every byte and the checksum.
-        pipe = subprocess.PIPE
-        with subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=pipe, pipesize=_PIPE_BYTES) as child:
+        with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
             assert child.stdin and child.stdout and child.stderr  # noqa: S101, PT018  # they are pipes
+            _widen(child.stdin)
+            _widen(child.stdout)
             feeder = _Feeder(file, child.stdin, seen)
             feeder.start()
             try:
@@ -80,6 +83,13 @@ def read(
             ended = f"{program[0]} exited {exited}" if exited else f"{program[0]} did not read all of it"
             raise _unreadable(archive, said or ended)
         return Archived(feeder.digest.hexdigest(), contents.files, contents.plain_bytes)
+
+
+def _widen(pipe: IO[bytes]) -> None:
+    """Let more lie in a pipe, so that who reads is woken less often; other systems, and who has too many, do with less."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 class _Feeder(threading.Thread):

@@ -6,8 +6,8 @@ import base64
 import hashlib
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -257,14 +257,14 @@ class S3Store:
     ) -> str | None:
         """Send what the store does not have of a file, and make it the object; returns its version."""
         with ThreadPoolExecutor(1 + _PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
-            whole = pool.submit(sha256_file, path)
+            whole = pool.submit(lambda: _refuse_changed(path, sha256, sha256_file(path)))
             sent = [pool.submit(self._put_part, path, parts, upload, part, known.get(part[0])) for part in ranges]
             try:
-                done = [part.result() for part in sent]
-                _refuse_changed(path, sha256, whole.result())
+                _first_error([whole, *sent])
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        done = [part.result() for part in sent]
         return parts.complete(upload, done)
 
     def _put_part(self, path: Path, parts: Multipart, upload: str, part: Range, known: Part | None) -> Part:
@@ -402,6 +402,12 @@ class S3Store:
             raise UnavailableError(
                 f"{self._address(key)}: {said}", remedy="check backup.store.endpoint, then resume"
             ) from error
+
+
+def _first_error(begun: Sequence[Future[Any]]) -> None:
+    """Wait for all, or raise the first error as soon as it is there."""
+    for ended in wait(begun, return_when=FIRST_EXCEPTION).done:
+        ended.result()
 
 
 def _refuse_changed(path: Path, sha256: str, found: str) -> None:

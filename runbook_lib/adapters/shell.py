@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -21,6 +23,7 @@ from runbook_lib.adapters.secrets import Secrets
 from runbook_lib.errors import StepFailedError, UnavailableError, UsageError
 from runbook_lib.model import Command, Completed
 
+_LOOK_EVERY_S = 0.25
 _KILLED = 128 + signal.SIGKILL  # as a shell says it
 
 
@@ -41,7 +44,7 @@ class LocalShell:
     env: Mapping[str, str] = field(default_factory=dict)
     left_on_interrupt: bool = True
 
-    def run(self, command: Command, *, name: str) -> Completed:
+    def run(self, command: Command, *, name: str, stop: threading.Event | None = None) -> Completed:
         """See `ports.Shell`."""
         folder = self.folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,12 +79,14 @@ class LocalShell:
                     remedy="mend that, then resume",
                 ) from error
             try:
-                exit_code = _wait(child, command, (log, command.stdout or log))
+                exit_code = _wait(child, command, (log, command.stdout or log), stop)
             except subprocess.TimeoutExpired as error:
                 end_group(child.pid)
                 child.wait()
                 said = f"{command.argv[0]} was ended after {command.timeout_s:g} s ({name})"
-                if isinstance(error, _StalledError):
+                if isinstance(error, _UnneededError):
+                    said = f"{command.argv[0]} was ended since what it is needed for failed ({name})"
+                elif isinstance(error, _StalledError):
                     said = f"{command.argv[0]} was ended since no byte came from it for {command.stall_s:g} s: it hangs ({name})"
                 raise StepFailedError(said, remedy=f"read {log}") from None
             except KeyboardInterrupt:
@@ -118,23 +123,31 @@ class _StalledError(subprocess.TimeoutExpired):
     """No output for `stall_s` seconds."""
 
 
-def _wait(child: subprocess.Popen[bytes], command: Command, outputs: tuple[Path, ...]) -> int:
-    if command.stall_s is None:
+class _UnneededError(subprocess.TimeoutExpired):
+    """Whoever started it has no use for it any more."""
+
+
+def _wait(
+    child: subprocess.Popen[bytes], command: Command, outputs: tuple[Path, ...], stop: threading.Event | None
+) -> int:
+    if command.stall_s is None and stop is None:
         if not _ended_within(child, command.timeout_s):
             raise subprocess.TimeoutExpired(command.argv, command.timeout_s)
         return child.wait()
-    deadline = time.monotonic() + command.timeout_s
-    pause_s = min(1.0, command.stall_s / 4)
+    deadline, patience_s = time.monotonic() + command.timeout_s, command.stall_s or math.inf
+    pause_s = min(_LOOK_EVERY_S, patience_s / 4)
     before, silent_s = -1, 0.0
-    while silent_s < command.stall_s:
+    while silent_s < patience_s:
         if _ended_within(child, min(pause_s, deadline - time.monotonic())):
             return child.wait()
+        if stop is not None and stop.is_set():
+            raise _UnneededError(command.argv, 0.0)
         if time.monotonic() >= deadline:
             raise subprocess.TimeoutExpired(command.argv, command.timeout_s)
         written = sum(path.stat().st_size for path in outputs)
         # Looks are counted and not the clock: a machine that slept has not given the command its time.
         before, silent_s = written, silent_s + pause_s if written == before else 0.0
-    raise _StalledError(command.argv, command.stall_s)
+    raise _StalledError(command.argv, patience_s)
 
 
 def _ended_within(child: subprocess.Popen[bytes], seconds: float) -> bool:

@@ -23,20 +23,27 @@ def told(path):
             digest.update(block)
     sys.stdout.buffer.write(digest.hexdigest().encode() + b"  " + path + b"\\0")
 
-def walked(folder):
-    with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
-        if entry.is_dir(follow_symlinks=False):
-            walked(entry.path)
-        elif entry.is_file(follow_symlinks=False):
-            told(entry.path)
+def entries(folder):
+    with os.scandir(folder) as found:
+        for entry in sorted(found, key=lambda entry: entry.name, reverse=True):
+            if entry.is_dir(follow_symlinks=False):
+                yield entry.path, True
+            elif entry.is_file(follow_symlinks=False):
+                yield entry.path, False
 
 for name in map(os.fsencode, sys.argv[1:]):
-    if os.path.isfile(name):
-        told(name)
-    else:
-        walked(name)
+    left = [(name, not os.path.isfile(name))]
+    while left:
+        path, is_folder = left.pop()
+        try:
+            if is_folder:
+                left += entries(path)
+            else:
+                told(path)
+        except OSError as error:
+            # What went meanwhile has another stamp afterwards, or none.
+            if path == name or not isinstance(error, FileNotFoundError):
+                sys.exit(f"{os.fsdecode(path)!r}: {error.strerror}")
 """
 _MANIFEST = """
 hashing=$1; shift

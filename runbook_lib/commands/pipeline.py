@@ -10,7 +10,16 @@ _SCRIPT = """
 import fcntl, hashlib, os, shutil, signal, subprocess, sys
 
 digest, buffered, packer, *archiver = sys.argv[1:]
-stdbuf = shutil.which("stdbuf") if buffered == "buffered" else None
+children = []
+
+def ended(exit_code, said=""):
+    try:
+        print(said, end="", file=sys.stderr, flush=True)
+    except OSError:
+        pass
+    for child in children:
+        child.kill()
+    os._exit(exit_code)
 
 def pipe():
     ends = os.pipe()
@@ -20,48 +29,55 @@ def pipe():
         pass
     return ends
 
-def failed(said, exit_code):
-    print(said, file=sys.stderr, flush=True)
-    os._exit(exit_code)
-
 def started(argv, source, sink):
     try:
-        return subprocess.Popen(argv, stdin=source, stdout=sink)
+        children.append(subprocess.Popen(argv, stdin=source, stdout=sink))
     except OSError as error:
-        failed(f"{argv[0]}: {error.strerror}", 127)
+        ended(127, f"{argv[0]}: {error.strerror}\\n")
 
 def passed_on(source):
     whole, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    try:
-        while read := os.readv(source, [block]):
-            whole.update(block[:read])
-            written = 0
-            while written < read:
-                written += os.write(1, block[written:read])
-    except OSError as error:
-        failed(f"what was packed could not be passed on: {error.strerror}", 90)
+    while read := os.readv(source, [block]):
+        whole.update(block[:read])
+        written = 0
+        while written < read:
+            written += os.write(1, block[written:read])
     return whole.hexdigest()
 
-plain, into = pipe()
-first = started([*([stdbuf, "-o65536"] if stdbuf else []), *archiver], None, into)
-os.close(into)
-packed, into = pipe() if digest == "digest" else (None, 1)
-second = started(packer.split(), plain, into)
-os.close(plain)
-os.close(into)
-sha256 = passed_on(packed) if digest == "digest" else ""
-status, packing = first.wait(), second.wait()
-if packing and status in (0, 1, -signal.SIGPIPE):
-    failed(f"{packer} exited {packing}", 90)
-if sha256:
-    print("runbook-stream-sha256 " + sha256, file=sys.stderr)
-sys.exit(status if status >= 0 else 128 - status)
+def buffering():
+    stdbuf = shutil.which("stdbuf") if buffered == "buffered" else None
+    words = [stdbuf, "-o65536"]
+    works = stdbuf and subprocess.run([*words, "true"], stderr=subprocess.DEVNULL).returncode == 0
+    return words if works else []
+
+def main():
+    plain, into = pipe()
+    started([*buffering(), *archiver], None, into)
+    os.close(into)
+    packed, into = pipe() if digest == "digest" else (None, 1)
+    started(packer.split(), plain, into)
+    os.close(plain)
+    os.close(into)
+    said = f"runbook-stream-sha256 {passed_on(packed)}\\n" if digest == "digest" else ""
+    status, packing = [child.wait() for child in children]
+    if packing and status in (0, 1, -signal.SIGPIPE):
+        ended(90, f"{packer} exited {packing}\\n")
+    ended(status if status >= 0 else 128 - status, said if status in (0, 1) else "")
+
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda *_: ended(90))
+try:
+    main()
+except OSError as error:
+    ended(90, f"what was packed could not be passed on: {error.strerror}\\n")
+except Exception as error:
+    ended(90, f"{type(error).__name__}: {error}\\n")
 """
 # The same by what every system has, for a host without Python: it takes the digest in any case.
 _PIPED = """
 set -u
 script=$1 packer=$4
-command -v python3 > /dev/null && python3 -I -S -c 'import sys; sys.exit(sys.version_info < (3, 8))' && exec python3 -I -S -c "$@"
+command -v python3 > /dev/null && python3 -I -S -c 'import fcntl, hashlib, sys; sys.exit(sys.version_info < (3, 8))' && exec python3 -I -S -c "$@"
 shift 4
 folder=$(mktemp -d) && mkfifo "$folder/copy" || exit 90
 trap 'rm -rf "$folder"' EXIT
@@ -78,7 +94,7 @@ if [ "$packed" -ne 0 ]
 then case $status in 0|1|141) echo "$packer exited $packed" >&2; exit 90;; esac
 fi
 [ $passed -eq 0 ] || exit 90
-echo "runbook-stream-sha256 $digest" >&2
+case $status in 0|1) echo "runbook-stream-sha256 $digest" >&2;; esac
 exit "$status"
 """
 # What `digest` makes it say on standard error when all is passed on.

@@ -99,14 +99,8 @@ def archive_files(run: Run, host: str) -> StepResult:
         size = on_disk.foretold(run, host, "bytes")
         with off_site.ahead(run, part, final) as ahead:
             named = lists.known(file_lists.BEFORE, map(files.clean, run.params.all_hosts[host].files))
-            with (
-                progress.told(run.scratch, f"archive of {host}", lambda: part.stat().st_size, total=size),
-                ThreadPoolExecutor(1) as pool,
-            ):
-                # Beside tar, which reads the same files: they come from the disk once.
-                hashing = pool.submit(copy_context().run, on_disk.hash_files, run, host)
-                tar = run.services.shell.run(on_disk.tar_of(run, host, named, packed, part), name=f"tar-{host}")
-                hashing.result()
+            with progress.told(run.scratch, f"archive of {host}", lambda: part.stat().st_size, total=size):
+                tar = on_disk.archive(run, host, on_disk.tar_of(run, host, named, packed, part))
             on_disk.list_files(run, host, lists)
             sent = files.streamed_sha256(tar.output)
             with on_disk.syncing(part):

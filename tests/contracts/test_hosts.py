@@ -144,6 +144,37 @@ def test_the_list_of_files_is_the_same_with_and_without_python(
     }
 
 
+_TAKEN_AWAY = """
+import contextlib, os, shutil
+listing = os.scandir
+
+@contextlib.contextmanager
+def scandir(path):
+    with listing(path) as entries:
+        found = list(entries)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink("current/gone")
+        shutil.rmtree("current/folder")
+    yield found
+
+os.scandir = scandir
+"""
+
+
+def test_a_file_that_goes_while_the_list_is_made_is_left_out(shell: LocalShell, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for name in ("a", "gone", "folder/x", "z"):
+        (home / "current" / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / "current" / name).write_text(name)
+    listed = archive_files.manifest(("current",), into=tmp_path / "l", timeout_s=60)
+    argv = tuple(_TAKEN_AWAY + word if "def told" in word else word for word in listed.argv)
+
+    shell.run(LocalHost("app-01", str(home)).command(dataclasses.replace(listed, argv=argv)), name="manifest")
+
+    assert sorted(path.name for path in (home / "current").iterdir()) == ["a", "z"]
+    assert set(dict(archive_files.parse_manifest([(tmp_path / "l").read_bytes()]))) == {"current/a", "current/z"}
+
+
 def test_what_a_command_writes_takes_the_place_of_what_was_there(shell: LocalShell, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("what an earlier attempt left, and longer")
 
@@ -175,7 +206,8 @@ def test_the_archivers_exit_status_passes_through_the_pipe(
     done = shell.run(host.command(dataclasses.replace(made, argv=argv, ok_exits=(0, 1, 2))), name="tar")
 
     assert done.exit_code == exit_code
-    assert archive_files.streamed_sha256(done.output) == sha256_file(tmp_path / "out")
+    whole = exit_code in (0, 1)
+    assert archive_files.streamed_sha256(done.output) == (sha256_file(tmp_path / "out") if whole else "")
 
 
 def test_a_reader_that_goes_away_ends_the_stream_red(tmp_path: Path) -> None:
@@ -210,6 +242,23 @@ def test_a_damaged_archive_is_not_readable(shell: LocalShell, tmp_path: Path, pr
         (tmp_path / "out").write_bytes(content)
         with pytest.raises(StepFailedError, match="cannot be read to its end"):
             archives.read(tmp_path / "out", keep=list)
+
+
+def test_an_archive_is_read_where_pipes_may_not_be_widened(
+    shell: LocalShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    made = archive_files.create(
+        ("a",), known={"a": ""}, packing=archive_files.Packing("gzip"), into=tmp_path / "out", timeout_s=30
+    )
+    shell.run(LocalHost("app-01", str(tmp_path)).command(made), name="tar")
+
+    def forbidden(*_: object) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(archives.fcntl, "fcntl", forbidden)
+
+    assert archives.read(tmp_path / "out", keep=list).files == 1
 
 
 @pytest.mark.parametrize("status", ["exit 1", "kill -9 $$"])

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import takewhile
@@ -946,13 +945,20 @@ def test_an_archive_that_changes_on_its_way_is_refused(opened: Open, monkeypatch
     assert list(Path(one.run.params.backup.directory).iterdir()) == []
 
 
-def test_a_host_that_cannot_hash_its_files_gets_no_archive(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    failing = Command(("sh", "-c", "echo python: disk gone >&2; exit 3"))
-    monkeypatch.setattr(archive_files, "manifest", lambda names, into, timeout_s: replace(failing, stdout=into))
+@pytest.mark.parametrize("hanging", ["manifest", "create"])
+def test_of_hashing_and_archiving_the_one_that_fails_ends_the_other(
+    opened: Open,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    hanging: str,
+) -> None:
     one = opened()
+    failing = "create" if hanging == "manifest" else "manifest"
+    for what, argv in ((failing, ("sh", "-c", "echo disk gone >&2; exit 3")), (hanging, ("sleep", "86399"))):
+        monkeypatch.setattr(archive_files, what, lambda *_, into, argv=argv, **__: Command(argv, stdout=into))
 
-    with pytest.raises(StepFailedError, match=r"\(manifest-app-0\d\) exited 3: .*disk gone"):
+    with pytest.raises(StepFailedError, match=r"\((manifest|tar)-app-0\d\) exited 3: .*disk gone"):
         backup.archive_files(one.run)
+    assert alive("sleep\x0086399") == []
     assert list(Path(one.run.params.backup.directory).iterdir()) == []
 
 

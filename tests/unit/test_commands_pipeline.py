@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from runbook_lib.adapters import processes
 from runbook_lib.commands.pipeline import SAID, piped
+from tests.project import wait_until
 
 LONG = b"a line of the archive\n" * 100_000
 
@@ -91,3 +93,42 @@ def test_a_reader_that_is_gone_ends_it(path: str) -> None:
         child.stdout.read(10)
         child.stdout.close()
         assert child.wait(60) != 0
+
+
+def test_a_script_that_is_ended_ends_what_it_started(tmp_path: Path) -> None:
+    argv = piped(("sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 300"), "cat", digest=True)
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, start_new_session=True) as child:
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip() != "", "the archiver")
+        child.terminate()
+        assert child.wait(60) == 90
+
+    pid = int((tmp_path / "pid").read_text())
+    wait_until(lambda: processes.start_time(pid) is None, "its end")
+
+
+@pytest.mark.parametrize("broken", ["exit 125", "echo no libstdbuf.so >&2; exit 125"])
+def test_what_makes_it_faster_may_be_broken(tmp_path: Path, broken: str) -> None:
+    (tmp_path / "stdbuf").write_text(f"#!/bin/sh\n{broken}\n")
+    (tmp_path / "stdbuf").chmod(0o755)
+
+    done = run(f"{tmp_path}:{os.environ['PATH']}", "echo a", "cat", buffered=True)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"a\n", b"")
+
+
+@pytest.mark.parametrize("lacking", ["fcntl", "hashlib"])
+def test_a_python_that_lacks_something_is_none(tmp_path: Path, lacking: str) -> None:
+    python = f'case "$*" in *{lacking}*) exit 1;; esac; exec {sys.executable} "$@"'
+    (tmp_path / "python3").write_text(f"#!/bin/sh\n{python}\n")
+    (tmp_path / "python3").chmod(0o755)
+
+    done = run(f"{tmp_path}:{os.environ['PATH']}", "echo a", "cat", digest=True)
+
+    assert (done.returncode, done.stdout) == (0, b"a\n")
+    assert SAID.encode() in done.stderr
+
+
+def test_the_archivers_status_is_told_when_nothing_can_be_said() -> None:
+    argv = piped(("sh", "-c", "exit 2"), "cat", digest=True)
+    with Path("/dev/full").open("wb") as full:
+        assert subprocess.run(argv, check=False, stdout=subprocess.DEVNULL, stderr=full, timeout=60).returncode == 2
