@@ -9,6 +9,7 @@ as the other side left them; the order changes with every run. Elapsed seconds a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -195,13 +196,12 @@ class Peak(threading.Thread):
     @classmethod
     def _tree(cls, root: int) -> Iterator[int]:
         yield root
-        for file in Path(f"/proc/{root}/task").glob("*/children"):
-            try:
-                below = file.read_text().split()
-            except OSError:
-                continue
-            for pid in map(int, below):
-                yield from cls._tree(pid)
+        below: list[str] = []
+        with contextlib.suppress(OSError):  # it has just ended
+            for task in os.listdir(f"/proc/{root}/task"):
+                below += Path(f"/proc/{root}/task/{task}/children").read_text().split()
+        for pid in map(int, below):
+            yield from cls._tree(pid)
 
     @staticmethod
     def _of(pid: int) -> int:
