@@ -198,8 +198,8 @@ class Peak(threading.Thread):
         yield root
         below: list[str] = []
         with contextlib.suppress(OSError):  # it has just ended
-            for task in os.listdir(f"/proc/{root}/task"):
-                below += Path(f"/proc/{root}/task/{task}/children").read_text().split()
+            for task in Path(f"/proc/{root}/task").iterdir():
+                below += (task / "children").read_text().split()
         for pid in map(int, below):
             yield from cls._tree(pid)
 
