@@ -197,9 +197,10 @@ class Peak(threading.Thread):
     def _tree(cls, root: int) -> Iterator[int]:
         yield root
         below: list[str] = []
-        with contextlib.suppress(OSError):  # it has just ended
-            for task in Path(f"/proc/{root}/task").iterdir():
-                below += (task / "children").read_text().split()
+        with contextlib.suppress(OSError):  # it has just ended, as each thread may
+            for task in list(Path(f"/proc/{root}/task").iterdir()):
+                with contextlib.suppress(OSError):
+                    below += (task / "children").read_text().split()
         for pid in map(int, below):
             yield from cls._tree(pid)
 

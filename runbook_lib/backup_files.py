@@ -113,14 +113,15 @@ def archive(run: Run, host: str, tar: Command) -> Completed:
     """
     stop = threading.Event()
     with ThreadPoolExecutor(2, thread_name_prefix="archive") as pool:
-        hashing: Future[Any] = pool.submit(copy_context().run, _hash_files, run, host, stop)
-        packing_ = pool.submit(copy_context().run, partial(run.services.shell.run, tar, name=f"tar-{host}", stop=stop))
         try:
-            for ended in wait([hashing, packing_], return_when=FIRST_EXCEPTION).done:
+            hashing: Future[Any] = pool.submit(copy_context().run, _hash_files, run, host, stop)
+            work = partial(run.services.shell.run, tar, name=f"tar-{host}", stop=stop)
+            archiving = pool.submit(copy_context().run, work)
+            for ended in wait([hashing, archiving], return_when=FIRST_EXCEPTION).done:
                 ended.result()
         finally:
             stop.set()
-        return packing_.result()
+        return archiving.result()
 
 
 def _hash_files(run: Run, host: str, stop: threading.Event) -> None:

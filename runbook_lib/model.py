@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -88,9 +89,22 @@ class StepResult:
         )
 
 
+_QUOTED = re.compile(r"""'(?:[^']|'"'"')*'""")
+
+
 def command_line(words: Iterable[str]) -> str:
-    """A command on one line for people; a script among its words is told by its length: the plan has it whole."""
-    return " ".join(f"‹script of {len(word.splitlines())} lines›" if "\n" in word else word for word in words)
+    """A command on one line for people; a script in it is told by its length: the plan has it whole."""
+    return " ".join(map(_without_scripts, words))
+
+
+def _without_scripts(word: str) -> str:
+    # What ssh runs is one word, with a script quoted in it as a shell wants it.
+    word = _QUOTED.sub(lambda quoted: _script(quoted[0]) if "\n" in quoted[0] else quoted[0], word)
+    return _script(word) if "\n" in word else word
+
+
+def _script(text: str) -> str:
+    return f"‹script of {len(text.strip().splitlines())} lines›"
 
 
 def shown(value: Any) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from runbook_lib.commands.pipeline import SAID, piped
 from runbook_lib.model import Command
 
-# The same list as sha256sum's, by the processor's own instructions: four times as fast where Python is at hand. In tar's
-# order: of two that read the same files at the same time one finds them in memory.
+# A list like sha256sum's, by the processor's own instructions: four times as fast where Python is at hand. In tar's order:
+# of two that read the same files at the same time one finds them in memory.
 _HASHING = """
 import hashlib, os, sys
 
@@ -41,13 +41,14 @@ for name in map(os.fsencode, sys.argv[1:]):
             else:
                 told(path)
         except OSError as error:
-            # What went meanwhile has another stamp afterwards, or none.
-            if path == name or not isinstance(error, FileNotFoundError):
-                sys.exit(f"{os.fsdecode(path)!r}: {error.strerror}")
+            # What went meanwhile, or is something else now, has another stamp afterwards, or none.
+            gone = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+            if path == name or not gone:
+                sys.exit(f"{os.fsdecode(path)!r}: {error}")
 """
 _MANIFEST = """
 hashing=$1; shift
-command -v python3 > /dev/null && python3 -I -S -c 'import sys; sys.exit(sys.version_info < (3, 8))' && exec python3 -I -S -c "$hashing" "$@"
+command -v python3 > /dev/null && python3 -I -S -c 'import hashlib, os, sys; sys.exit(sys.version_info < (3, 8))' && exec python3 -I -S -c "$hashing" "$@"
 exec find -H "$@" -type f -exec sha256sum --zero -- {} +
 """
 _STREAMED = re.compile(rf"^{SAID} ([0-9a-f]{{64}})$", re.MULTILINE)
@@ -118,7 +119,8 @@ def parse_manifest(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
 def stamps(files: Sequence[str], *, into: Path, timeout_s: float) -> Command:
     """Print what changes with any write to a file: its size, both times and its inode; contents are not read."""
     stamp = "%p\\0%s %T@ %C@ %i\\0"
-    argv = ("find", "-H", *map(_named, files), "-type", "f", "-printf", stamp)
+    # What goes while it looks is no error: it has no stamp then.
+    argv = ("find", "-H", *map(_named, files), "-ignore_readdir_race", "-type", "f", "-printf", stamp)
     return Command(argv, timeout_s=timeout_s, stdout=into)
 
 

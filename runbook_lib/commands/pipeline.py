@@ -13,12 +13,14 @@ digest, buffered, packer, *archiver = sys.argv[1:]
 children = []
 
 def ended(exit_code, said=""):
-    try:
-        print(said, end="", file=sys.stderr, flush=True)
-    except OSError:
-        pass
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     for child in children:
         child.kill()
+    try:
+        os.write(2, said.encode())
+    except OSError:
+        pass
     os._exit(exit_code)
 
 def pipe():
@@ -37,17 +39,23 @@ def started(argv, source, sink):
 
 def passed_on(source):
     whole, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    while read := os.readv(source, [block]):
-        whole.update(block[:read])
-        written = 0
-        while written < read:
-            written += os.write(1, block[written:read])
+    try:
+        while read := os.readv(source, [block]):
+            whole.update(block[:read])
+            written = 0
+            while written < read:
+                written += os.write(1, block[written:read])
+    except OSError as error:
+        ended(90, f"what was packed could not be passed on: {error.strerror}\\n")
     return whole.hexdigest()
 
 def buffering():
-    stdbuf = shutil.which("stdbuf") if buffered == "buffered" else None
-    words = [stdbuf, "-o65536"]
-    works = stdbuf and subprocess.run([*words, "true"], stderr=subprocess.DEVNULL).returncode == 0
+    words = [shutil.which("stdbuf") if buffered == "buffered" else None, "-o65536"]
+    try:
+        none = subprocess.DEVNULL
+        works = words[0] and subprocess.run([*words, "true"], stdout=none, stderr=none).returncode == 0
+    except OSError:
+        works = False
     return words if works else []
 
 def main():
@@ -65,11 +73,9 @@ def main():
     ended(status if status >= 0 else 128 - status, said if status in (0, 1) else "")
 
 for number in (signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, lambda *_: ended(90))
+    signal.signal(number, lambda *_: ended(90, "ended by a signal\\n"))
 try:
     main()
-except OSError as error:
-    ended(90, f"what was packed could not be passed on: {error.strerror}\\n")
 except Exception as error:
     ended(90, f"{type(error).__name__}: {error}\\n")
 """
@@ -77,7 +83,7 @@ except Exception as error:
 _PIPED = """
 set -u
 script=$1 packer=$4
-command -v python3 > /dev/null && python3 -I -S -c 'import fcntl, hashlib, sys; sys.exit(sys.version_info < (3, 8))' && exec python3 -I -S -c "$@"
+command -v python3 > /dev/null && python3 -I -S -c 'import fcntl, hashlib, os, shutil, signal, subprocess, sys; sys.exit(sys.version_info < (3, 8))' && exec python3 -I -S -c "$@"
 shift 4
 folder=$(mktemp -d) && mkfifo "$folder/copy" || exit 90
 trap 'rm -rf "$folder"' EXIT

@@ -952,11 +952,11 @@ def test_of_hashing_and_archiving_the_one_that_fails_ends_the_other(
     hanging: str,
 ) -> None:
     one = opened()
-    failing = "create" if hanging == "manifest" else "manifest"
+    failing, named = ("create", "tar") if hanging == "manifest" else ("manifest", "manifest")
     for what, argv in ((failing, ("sh", "-c", "echo disk gone >&2; exit 3")), (hanging, ("sleep", "86399"))):
         monkeypatch.setattr(archive_files, what, lambda *_, into, argv=argv, **__: Command(argv, stdout=into))
 
-    with pytest.raises(StepFailedError, match=r"\((manifest|tar)-app-0\d\) exited 3: .*disk gone"):
+    with pytest.raises(StepFailedError, match=rf"\({named}-app-0\d\) exited 3: .*disk gone"):
         backup.archive_files(one.run)
     assert alive("sleep\x0086399") == []
     assert list(Path(one.run.params.backup.directory).iterdir()) == []

@@ -139,7 +139,7 @@ def test_the_last_backup_on_record_foretells_the_next(opened: Open) -> None:  # 
     first = room.forecast(now.run)
     tell("backup.dump_database", **{"bytes": 100, "database bytes": 1000, "packed by": "zstd -q -1 -T0"})
     tell("backup.validate_backup", **{"unpacked bytes": 4000})
-    tell("backup.archive_files@app-01", **{"bytes": 50, "plain bytes": 100, "packed by": "zstd -1 -T0"})
+    tell("backup.archive_files@app-01", **{"bytes": 50, "plain bytes": 100, "packed by": "zstd -2 -T0"})
 
     second = room.forecast(now.run)
     gzip = room.forecast(opened(backup__dump="{compression: gzip}", backup__archive="{compression: gzip}").run)

@@ -20,7 +20,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A PATH with python3 on it, and one of a host that has none."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in ("sh", "cat", "tee", "rm", "mktemp", "mkfifo", "sha256sum", "gzip", "stdbuf", "false"):
+    for name in ("sh", "cat", "tee", "rm", "mktemp", "mkfifo", "sha256sum", "gzip", "stdbuf", "true", "false"):
         (folder / name).symlink_to(next(p for d in os.defpath.split(":") if (p := Path(d, name)).exists()))
     if request.param == "python":
         (folder / "python3").symlink_to(sys.executable)
@@ -96,19 +96,28 @@ def test_a_reader_that_is_gone_ends_it(path: str) -> None:
 
 
 def test_a_script_that_is_ended_ends_what_it_started(tmp_path: Path) -> None:
-    argv = piped(("sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 300"), "cat", digest=True)
+    argv = piped(("sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 300"), "cat -u", digest=True)
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, start_new_session=True) as child:
-        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip() != "", "the archiver")
+        below = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+        wait_until(lambda: len(below.read_text().split()) == 2 and (tmp_path / "pid").exists(), "archiver and packer")
+        started = list(map(int, below.read_text().split()))
         child.terminate()
         assert child.wait(60) == 90
 
-    pid = int((tmp_path / "pid").read_text())
-    wait_until(lambda: processes.start_time(pid) is None, "its end")
+    wait_until(lambda: not any(map(processes.start_time, started)), "their end")
 
 
-@pytest.mark.parametrize("broken", ["exit 125", "echo no libstdbuf.so >&2; exit 125"])
+def test_where_it_can_be_the_archiver_writes_in_bigger_pieces(path: str) -> None:
+    done = run(path, 'echo "${_STDBUF_O-none}"', "cat", buffered=True)
+
+    assert done.stdout == (b"65536\n" if (Path(path) / "python3").exists() else b"none\n")
+
+
+@pytest.mark.parametrize(
+    "broken", ["#!/bin/sh\nexit 125", "#!/bin/sh\necho no lib | tee /dev/stderr; exit 1", "\x7fELF"]
+)
 def test_what_makes_it_faster_may_be_broken(tmp_path: Path, broken: str) -> None:
-    (tmp_path / "stdbuf").write_text(f"#!/bin/sh\n{broken}\n")
+    (tmp_path / "stdbuf").write_text(f"{broken}\n")
     (tmp_path / "stdbuf").chmod(0o755)
 
     done = run(f"{tmp_path}:{os.environ['PATH']}", "echo a", "cat", buffered=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from runbook_lib.commands.hosts import over_ssh
 from runbook_lib.model import Event
 from runbook_lib.notebook_html import notebook_html
 from runbook_lib.pages import page, seconds, size, visible
@@ -360,7 +361,11 @@ def test_a_plan_as_text_names_commands_gates_and_its_digest() -> None:
         "title": "Dump",
         "owner": "Ops",
         "targets": ["db"],
-        "commands": [["pg_dump", "-Fc"], ["sh", "-c", "set -u\nexec cat\n", "sh", "one"]],
+        "commands": [
+            ["pg_dump", "-Fc"],
+            ["sh", "-c", "\nset -u\nexec cat\n", "sh", "one"],
+            list(over_ssh(("sh", "-c", "set -u\ntrap 'x y' EXIT\n", "sh", "a b"), host="app-01", home="/srv/the app")),
+        ],
         "needs_gates": ["backup"],
         "expected_s": 90.0,
         "way_back": "none",
