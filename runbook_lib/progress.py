@@ -132,20 +132,17 @@ def _hashed(path: Path, tell: Told, stop: threading.Event) -> str:
 
 
 @contextmanager
-def hashing(paths: Iterable[Path], tell: Told, *, at_once: int = 1) -> Iterator[dict[Path, Future[str]]]:
-    """Hash files beside the body; gives for each the SHA-256 to come, `missing` when it is not there.
+def hashing(paths: Iterable[Path], tell: Told) -> Iterator[dict[Path, Future[str]]]:
+    """Hash files beside the body, two at a time; gives for each the SHA-256 to come, `missing` when it is not there.
 
     What nobody has asked for when the body ends is not hashed to its end.
-
-    Args:
-        at_once: how many at a time.
     """
     stop = threading.Event()
 
     def digest(path: Path) -> str:
         return _hashed(path, tell, stop) if path.is_file() else "missing"
 
-    with ThreadPoolExecutor(at_once, thread_name_prefix="hashing") as pool:
+    with ThreadPoolExecutor(2, thread_name_prefix="hashing") as pool:
         try:
             yield {path: pool.submit(copy_context().run, digest, path) for path in paths}
         finally:

@@ -201,7 +201,7 @@ class S3Store:
                 raise
 
     def _put_whole(self, path: Path, key: str, sha256: str, wanted: dict[str, Any]) -> None:
-        _refuse_changed(path, sha256, sha256_file(path))
+        _refuse_changed(path, sha256)
         checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
         with path.open("rb") as body:
             self._client.put_object(
@@ -257,15 +257,14 @@ class S3Store:
     ) -> str | None:
         """Send what the store does not have of a file, and make it the object; returns its version."""
         with ThreadPoolExecutor(1 + _PARTS_AT_ONCE, thread_name_prefix="upload") as pool:
-            whole = pool.submit(lambda: _refuse_changed(path, sha256, sha256_file(path)))
+            unchanged = pool.submit(_refuse_changed, path, sha256)
             sent = [pool.submit(self._put_part, path, parts, upload, part, known.get(part[0])) for part in ranges]
             try:
-                _first_error([whole, *sent])
+                _first_error([unchanged, *sent])
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        done = [part.result() for part in sent]
-        return parts.complete(upload, done)
+        return parts.complete(upload, [part.result() for part in sent])
 
     def _put_part(self, path: Path, parts: Multipart, upload: str, part: Range, known: Part | None) -> Part:
         done = parts.send(path, upload, part, known=known)
@@ -410,7 +409,8 @@ def _first_error(begun: Sequence[Future[Any]]) -> None:
         ended.result()
 
 
-def _refuse_changed(path: Path, sha256: str, found: str) -> None:
+def _refuse_changed(path: Path, sha256: str) -> None:
+    found = sha256_file(path)
     if found != sha256:
         raise StepFailedError(
             f"{path} has sha256 {found}, expected {sha256}", remedy="the local file changed: back up again"

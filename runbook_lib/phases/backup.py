@@ -301,7 +301,7 @@ def validate_backup(run: Run) -> StepResult:
     dump, was_dumped = on_disk.dump_path(run), off_site.fact(run, dump_database.key(), "sha256")
     archives = {host: on_disk.archive_path(run, host) for host in _hosts(run)}
     tell = partial(progress.told, run.scratch)
-    with progress.hashing([dump, *archives.values()], tell, at_once=2) as digests:
+    with progress.hashing([dump, *archives.values()], tell) as digests:
 
         def refuse_another() -> None:
             if digests[dump].result() != was_dumped:
@@ -453,7 +453,7 @@ def compare_hashes(run: Run) -> StepResult:
     dump, entries, unequal = on_disk.dump_path(run), [], []
     tell = partial(progress.told, run.scratch)
     copies = off_site.copies(run)
-    with progress.hashing([path for path, _ in copies], tell, at_once=2) as digests:
+    with progress.hashing([path for path, _ in copies], tell) as digests:
         locals_ = {path: digest.result() for path, digest in digests.items()}
     for path, source in copies:
         copy, local = remote.get(path.name, {}), locals_[path]
